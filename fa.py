@@ -1,0 +1,310 @@
+"""Feedback alignment: train a deep network without ever sending the error back through its own weights.
+
+Write a layer as  a = W x,  and let  δ = ∂loss/∂a  be the error at its output. Backprop needs two things of δ:
+
+    gradient of the weights     ∂loss/∂W = δ xᵀ       local: the layer has both
+    error for the layer below   ∂loss/∂x = Wᵀ δ       needs W, on another path, in the other direction
+
+A synapse does not know the weight of the synapse that leads the other way, so no brain can compute Wᵀδ like this
+(the weight-transport problem). Feedback alignment (Lillicrap et al. 2016) sends the error through a fixed random
+matrix of W's shape instead; with φ the nonlinearity, layer by layer (Boeshertz, Pascanu & Clopath 2026, Eq. 4):
+
+    backprop    δ_l = W_{l+1}ᵀ δ_{l+1} ⊙ φ'(a_l)
+    feedback    δ_l = B_{l+1}ᵀ δ_{l+1} ⊙ φ'(a_l)      B drawn like W, then never changed
+
+(the paper calls our Bᵀ B; here B has the shape of W). The surprising thing is that it learns at all: W turns towards
+B, so that the random errors become useful ones. `python fa.py` shows the angles fall.
+
+In this file a *rule* says how the error crosses one layer, and nothing else: loss, nonlinearities, normalisation,
+pooling and additions keep autograd's own backward. A new rule overrides one method:
+
+    class Signs(fa.FA):                                    # sign-symmetry: B's magnitudes, W's signs
+        def backward(self, layer, error, input_shape):
+            return fa.project(layer, layer.weight.sign() * layer.feedback.abs(), error, input_shape)
+
+    handle = fa.attach(model, Signs(seed=0))               # any model made of nn.Linear and nn.Conv2d
+    loss.backward()                                        # now fills the rule's gradients
+    handle.remove()                                        # plain backprop again
+
+How it works: `attach` runs each layer on a detached input, which cuts the true path, so Wᵀδ is neither computed nor
+able to leak; ties the output to the input by a placeholder gradient; and lets a full backward hook put the rule's
+error in its place. The placeholder is NaN: a hook that did not run cannot go unnoticed.
+
+Left out: layers other than Linear and Conv2d (they keep exact backprop), double backward, and torch.compile, which
+ignores hooks added after its first call.
+"""
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+Layer = nn.Linear | nn.Conv2d
+
+
+# ---- the error crosses one layer -------------------------------------------------------------------------------
+
+def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size) -> Tensor:
+    """Send the error at a layer's output to its input through `weight`:  W gives backprop, B gives feedback alignment.
+
+    layer        nn.Linear, or nn.Conv2d with zero padding and any stride, padding, dilation and groups
+    weight       shaped like layer.weight: (out, in) or (out, in / groups, kh, kw)
+    error        δ at the output: (..., out) or (N, out, H', W')
+    input_shape  shape of the layer's input: (..., in) or (N, in, H, W); a strided convolution cannot tell it from δ
+    returns      δ at the input, of input_shape, in the error's dtype
+
+    For Linear this is  δ_in = δ W  on rows, the batched form of Wᵀδ. A convolution is the same product with the sparse
+    matrix that the kernel stands for; its transpose is computed directly, without the layer's input.
+    Raises ValueError for a padding_mode other than 'zeros': the transpose would have to fold the border back.
+    """
+    weight = weight.to(error.dtype)                     # under autocast δ is bf16 and the weights are float32
+    if isinstance(layer, nn.Linear):
+        return error @ weight                           # (..., out) @ (out, in)
+    check(layer)
+    if error.dim() == 3:                                # one unbatched image
+        return project(layer, weight, error[None], torch.Size((1, *input_shape)))[0]
+    before, after = zip(*(_padding(layer, axis) for axis in (0, 1)))
+    extra = [b - a for a, b in zip(before, after)]      # 'same' around an even kernel pads one more at the end
+    n, channels, height, width = input_shape
+    padded = (n, channels, height + extra[0], width + extra[1])
+    error = nn.grad.conv2d_input(padded, weight, error, layer.stride, before, layer.dilation, layer.groups)
+    return error[..., :height, :width]
+
+
+def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
+    """Zeros put before and after one spatial axis."""
+    if layer.padding == "valid":
+        return 0, 0
+    if layer.padding == "same":
+        total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        return total // 2, total - total // 2
+    return layer.padding[axis], layer.padding[axis]
+
+
+def check(layer: Layer) -> None:
+    """Raise ValueError if no error can be projected through this layer."""
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        raise ValueError(f"{layer}: feedback goes through zero-padded convolutions only, "
+                         f"not padding_mode={layer.padding_mode!r}")
+
+
+# ---- the rules -------------------------------------------------------------------------------------------------
+
+class Rule:
+    """How the error crosses a layer on its way back. Subclass it, override `backward`, and `attach` it."""
+
+    def __init__(self, seed: int = 0):
+        # W is usually drawn after torch.manual_seed(seed). Another stream keeps B independent of it.
+        self.generator = torch.Generator().manual_seed(seed + 0xFEEDBAC)
+
+    def prepare(self, layer: Layer) -> None:
+        """Called once for each hidden layer: make what the rule needs, as buffers, so that it is saved and moved."""
+
+    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
+        """δ at the layer's output -> δ at its input, of input_shape. Called in every backward pass, without autograd."""
+        raise NotImplementedError(f"{type(self).__name__} has no backward(layer, error, input_shape)")
+
+    def before_step(self) -> None:
+        """Called after the backward pass and before the optimiser's step, for rules whose feedback learns."""
+
+    def draw(self, layer: Layer) -> Tensor:
+        """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every device.
+
+        The initialiser is `layer.initialise(tensor, generator=...)` where the model says one, else torch's default for
+        Linear and Conv2d: uniform in ±1/√fan_in.
+        """
+        initialise = getattr(layer, "initialise", _torch_default)
+        drawn = initialise(torch.empty(layer.weight.shape), generator=self.generator)
+        return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)  # its device, dtype and memory format
+
+
+def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
+    return nn.init.kaiming_uniform_(weight, a=5 ** 0.5, generator=generator)
+
+
+class BP(Rule):
+    """Backprop: δ_in = Wᵀδ. It is what autograd does already, so `attach` leaves the model as it is."""
+
+    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
+        return project(layer, layer.weight, error, input_shape)
+
+
+class FA(Rule):
+    """Feedback alignment: δ_in = Bᵀδ, with B drawn like W and fixed (Lillicrap et al. 2016; the paper's Eq. 4)."""
+
+    def prepare(self, layer: Layer) -> None:
+        layer.register_buffer("feedback", self.draw(layer))
+
+    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
+        return project(layer, layer.feedback, error, input_shape)
+
+
+RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA}
+
+
+# ---- the hooks -------------------------------------------------------------------------------------------------
+
+def attach(model: nn.Module, rule: Rule, stem: Iterable[nn.Module] | None = None) -> "Attachment":
+    """Let `rule` carry the error back through every Linear and Conv2d of `model`, except the stem.
+
+    The stem is the layer that reads the data: nothing below it learns, so it needs no error. By default it is the first
+    Linear or Conv2d that the model registered; name the layers if that is wrong, or give () where even the data needs
+    a gradient. The model is changed in place; with the rule `bp` it is not changed at all.
+
+    Raises ValueError if a layer already has a rule or cannot be projected through; the model is then untouched.
+    Attach before the model goes into DistributedDataParallel, and after loading a checkpoint saved without a rule.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
+    stem = list(layers.values())[:1] if stem is None else list(stem)
+    hidden = {name: layer for name, layer in layers.items() if not any(layer is s for s in stem)}
+    if isinstance(rule, BP):
+        hidden, stem = {}, []
+    for name, layer in layers.items():
+        if hasattr(layer, "rule"):
+            raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its handle first")
+    for layer in hidden.values():
+        check(layer)
+    return Attachment(model, rule, hidden, stem)
+
+
+class Attachment:
+    """The handle that `attach` returns. `copy.deepcopy((model, handle))` copies both, still belonging together.
+
+    rule      the rule
+    layers    name -> layer, those that the rule carries the error through
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: list[nn.Module]):
+        self.rule, self.layers = rule, layers
+        self._hooks = [s.register_forward_pre_hook(_stem_is_first) for s in stem]
+        # An in-place activation would overwrite a hooked layer's output, which torch forbids.
+        self._in_place = [m for m in model.modules() if layers and getattr(m, "inplace", False) is True]
+        for module in self._in_place:
+            module.inplace = False
+        self._made = {}
+        for name, layer in layers.items():
+            before = {*layer._buffers, *layer._parameters}
+            rule.prepare(layer)
+            self._made[name] = {*layer._buffers, *layer._parameters} - before
+            layer.rule = rule
+        self._connect()
+
+    def before_step(self) -> None:
+        """Call after the backward pass and before the optimiser's step."""
+        self.rule.before_step()
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within this context forward and backward are plain backprop; the feedback weights stay. For measurements."""
+        self._disconnect()
+        try:
+            yield
+        finally:
+            self._connect()
+
+    def remove(self) -> None:
+        """Make the model plain again: exact backprop, no feedback weights, in-place activations as they were."""
+        self._disconnect()
+        for name, layer in self.layers.items():
+            for made in self._made[name]:
+                delattr(layer, made)
+            del layer.rule
+        for module in self._in_place:
+            module.inplace = True
+        for hook in self._hooks:
+            hook.remove()
+        self.layers, self._made, self._in_place, self._hooks = {}, {}, [], []
+
+    def _connect(self) -> None:
+        # prepend: the user's own hooks then see the rule's error, not the placeholder
+        self._backward_hooks = [layer.register_full_backward_hook(_replace_error, prepend=True)
+                                for layer in self.layers.values()]
+        for layer in self.layers.values():
+            layer.forward = types.MethodType(_cut_forward, layer)    # a method, not a closure: deepcopy rebinds it
+
+    def _disconnect(self) -> None:
+        for hook in self._backward_hooks:
+            hook.remove()
+        for layer in self.layers.values():
+            del layer.forward                                        # the class's own forward again
+
+
+class _Tie(torch.autograd.Function):
+    """Return y, computed from x.detach(), as if x had led to it.
+
+    Backward hands y its error, from which autograd computes the exact gradients of W and b, and hands x a NaN of the
+    right shape that takes no memory (stride 0), for the hook to replace.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, error: Tensor) -> tuple[Tensor, Tensor]:
+        return error.new_full((), float("nan"), dtype=ctx.dtype).expand(ctx.shape), error
+
+
+def _cut_forward(layer: Layer, input: Tensor) -> Tensor:
+    output = type(layer).forward(layer, input.detach())
+    return _Tie.apply(input, output) if input.requires_grad and torch.is_grad_enabled() else output
+
+
+def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple | None:
+    """The full backward hook: δ_out comes in, the placeholder goes, the rule's δ_in takes its place."""
+    placeholder = grad_input[0] if grad_input else None
+    if placeholder is None:                             # nothing below this layer learns
+        return None
+    error = layer.rule.backward(layer, grad_output[0], placeholder.shape)
+    if error.shape != placeholder.shape:
+        raise RuntimeError(f"{type(layer.rule).__name__}.backward returned an error of shape {tuple(error.shape)} for "
+                           f"{layer}, whose input has shape {tuple(placeholder.shape)}")
+    return (error.to(placeholder.dtype),)               # under autocast δ_out may be bf16 and the input float32
+
+
+def _stem_is_first(layer: Layer, args: tuple) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        raise RuntimeError(f"{layer} was taken for the stem, which reads the data, but its input wants a gradient: the "
+                           "true error would leak through it. Name the layers that read the data: attach(model, rule, "
+                           "stem=[...]), or stem=() if the data itself needs a gradient")
+
+
+# ---- a demonstration -------------------------------------------------------------------------------------------
+
+def _angle(a: Tensor, b: Tensor) -> float:                # degrees, as in rank.py
+    cosine = nn.functional.cosine_similarity(a.detach().flatten().double(), b.detach().flatten().double(), dim=0)
+    return float(cosine.clamp(-1, 1).arccos().rad2deg())
+
+
+def demonstrate() -> None:
+    """A student network learns a random teacher by feedback alignment. Watch W turn towards B."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 10))
+    student = nn.Sequential(nn.Linear(30, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 10))
+    handle = attach(student, FA(seed=0))
+    optimiser = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    print("        loss   ∠(W, B) in degrees   ∠(FA's gradient, backprop's gradient)")
+    print("  step          layer 2  layer 3       layer 1  layer 2  layer 3")
+    for step in range(3001):
+        x = torch.randn(128, 30)
+        loss = (student(x) - teacher(x).detach()).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        if step in (0, 30, 100, 300, 1000, 3000):
+            ours = [layer.weight.grad.clone() for layer in student[::2]]
+            with handle.exact():                        # the same batch, the same weights, the true gradient
+                exact = torch.autograd.grad((student(x) - teacher(x)).square().mean(), [m.weight for m in student[::2]])
+            weights = [_angle(layer.weight, layer.feedback) for layer in student[2::2]]
+            gradients = [_angle(a, b) for a, b in zip(ours, exact)]
+            print(f"{step:6} {loss.item():6.3f}  {weights[0]:7.1f}  {weights[1]:7.1f}       "
+                  f"{gradients[0]:7.1f}  {gradients[1]:7.1f}  {gradients[2]:7.1f}")
+        optimiser.step()
+    print("The classifier's gradient (layer 3) is exact: FA changes the error below it. The angles below 90° are why FA works.")
+
+
+if __name__ == "__main__":
+    demonstrate()

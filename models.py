@@ -1,0 +1,144 @@
+"""The networks: an MLP, the 4-layer CNN and ResNet-18, with or without normalisation.
+
+All three are made of stock nn.Linear and nn.Conv2d, so that `fa.attach` finds their layers; a learning rule never needs
+a model of its own. Every hidden layer is followed by a normalisation (norm.py) and a ReLU:
+
+    mlp       flatten, 4 × [linear, norm, relu], linear
+    cnn       4 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w channels, strides 1, 2, 2, 2, flatten, linear
+    resnet18  3×3 convolution, norm, relu; 8 residual blocks of w, w, 2w, 2w, 4w, 4w, 8w, 8w channels, average, linear
+              (He et al. 2016, with the 3×3 stem and without the max-pool, as is usual for 32×32 images)
+
+The first layer registered is the stem, the last the classifier; fa.py and muon.py rely on it. Nothing is done in
+place: a backward hook needs the layer's output as it was.
+
+Initialisation. With normalisation the scale of W does not matter in the forward pass, and the layers keep torch's
+default (uniform in ±1/√fan_in). Without it, that default shrinks the signal to a sixth of its variance in every ReLU
+layer; then hidden weights are drawn by He et al. 2015, N(0, 2/fan_in), which keeps it, and the last convolution of each
+residual block is drawn 1/√blocks smaller, so that the sum over the blocks does not explode (the idea of Zhang et al. 2019,
+Fixup). A layer drawn so remembers how in `layer.initialise`, from which fa.py draws B.
+"""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import norm as normalisation
+
+
+def _he(weight: Tensor, scale: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """N(0, scale² · 2 / fan_in) (He et al. 2015)."""
+    nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+    with torch.no_grad():
+        return weight.mul_(scale)
+
+
+def _norm_free(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> None:
+    layer.initialise = partial(_he, scale=scale)
+    layer.initialise(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int, norm: str | None, scale: float = 1.0) -> nn.Conv2d:
+    """A convolution; where a normalisation follows, that one has the bias."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=norm is None)
+    if norm is None:
+        _norm_free(conv, scale)
+    return conv
+
+
+class MLP(nn.Module):
+    def __init__(self, classes: int, norm: str | None, width: int, inputs: int, depth: int = 4):
+        super().__init__()
+        self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
+        for _ in range(depth):
+            self.layers.append(nn.Linear(inputs, width, bias=norm is None))
+            self.norms.append(normalisation.make(norm, width))
+            if norm is None:
+                _norm_free(self.layers[-1])
+            inputs = width
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)                                                # (N, C·H·W)
+        for layer, norm in zip(self.layers, self.norms):
+            x = F.relu(norm(layer(x)))                                  # (N, width)
+        return self.classifier(x)                                       # (N, classes)
+
+
+class CNN(nn.Module):
+    def __init__(self, classes: int, norm: str | None, width: int, channels: int, size: int):
+        super().__init__()
+        self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
+        for outputs, stride in [(width, 1), (2 * width, 2), (4 * width, 2), (4 * width, 2)]:
+            self.layers.append(_conv(channels, outputs, 3, stride, norm))
+            self.norms.append(normalisation.make(norm, outputs))
+            channels, size = outputs, (size - 1) // stride + 1
+        self.classifier = nn.Linear(channels * size * size, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, norm in zip(self.layers, self.norms):
+            x = F.relu(norm(layer(x)))                                  # (N, 4w, H/8, W/8) in the end
+        return self.classifier(x.flatten(1))                            # (N, classes)
+
+
+class Block(nn.Module):
+    """relu(x + branch(x)), where the branch is two convolutions; a 1×1 convolution fits x to another shape."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str | None, scale: float):
+        super().__init__()
+        self.conv1, self.norm1 = _conv(inputs, outputs, 3, stride, norm), normalisation.make(norm, outputs)
+        self.conv2, self.norm2 = _conv(outputs, outputs, 3, 1, norm, scale), normalisation.make(norm, outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            # Nothing rectifies what the shortcut carries: 1/√2 makes He's initialisation keep its variance.
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride, norm, 0.5 ** 0.5),
+                                          normalisation.make(norm, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    def __init__(self, blocks: tuple[int, ...], classes: int, norm: str | None, width: int, channels: int):
+        super().__init__()
+        self.stem, self.norm = _conv(channels, width, 3, 1, norm), normalisation.make(norm, width)
+        stages, inputs = [], width
+        for stage, count in enumerate(blocks):
+            outputs = width * 2 ** stage
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1
+                stages.append(Block(inputs, outputs, stride, norm, scale=sum(blocks) ** -0.5))
+                inputs = outputs
+        self.blocks = nn.Sequential(*stages)
+        self.classifier = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))                             # (N, w, H, W)
+        x = self.blocks(x)                                              # (N, 8w, H/8, W/8)
+        return self.classifier(x.mean((2, 3)))                          # (N, classes)
+
+
+def mlp(classes: int = 10, norm: str | None = "batch", width: int = 512, channels: int = 3, size: int = 32) -> MLP:
+    """Four hidden layers of `width`; images of (channels, size, size). norm: a kind of norm.KINDS, or None."""
+    return MLP(classes, norm, width, channels * size * size)
+
+
+def cnn(classes: int = 10, norm: str | None = "batch", width: int = 32, channels: int = 3, size: int = 32) -> CNN:
+    """The 4-layer CNN; `width` channels in the first layer. norm: a kind of norm.KINDS, or None."""
+    return CNN(classes, norm, width, channels, size)
+
+
+def resnet18(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,
+             size: int = 32) -> ResNet:
+    """ResNet-18 for small images; 11,220,132 parameters for 100 classes with batch norm at width 64.
+
+    `width` channels in the first stage. Works on any `size` (it averages over space), so that one is not used.
+    """
+    return ResNet((2, 2, 2, 2), classes, norm, width, channels)
+
+
+MODELS = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}

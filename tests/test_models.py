@@ -1,0 +1,86 @@
+"""models.py: parameter counts, shapes, and initialisation that backprop can train."""
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import models
+import norm
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_resnet18_has_the_published_number_of_parameters():
+    assert count(models.resnet18()) == 11_220_132
+    assert count(models.resnet18(10)) == 11_173_962
+
+
+@pytest.mark.parametrize("classes, w", [(10, 8), (100, 16), (7, 5)])
+@pytest.mark.parametrize("kind", [None, *norm.KINDS])
+def test_counts_by_hand(classes, w, kind):
+    per_channel = {None: 1, "batch": 2, "layer": 2, "rms": 1}[kind]         # the bias, gain and bias, or the gain
+
+    def conv(i, o, k=3):
+        return i * o * k * k + per_channel * o
+
+    mlp = 3072 * w + 3 * w * w + 4 * per_channel * w + w * classes + classes
+    cnn = conv(3, w) + conv(w, 2 * w) + conv(2 * w, 4 * w) + conv(4 * w, 4 * w) + 4 * w * 16 * classes + classes
+    resnet = conv(3, w) + 4 * conv(w, w) + 8 * w * classes + classes
+    for o in (2 * w, 4 * w, 8 * w):
+        resnet += conv(o // 2, o) + 3 * conv(o, o) + conv(o // 2, o, 1)
+    assert count(models.mlp(classes, kind, w)) == mlp
+    assert count(models.cnn(classes, kind, w)) == cnn
+    assert count(models.resnet18(classes, kind, w)) == resnet
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("size, channels", [(32, 3), (28, 1), (17, 3)])
+def test_shapes(name, size, channels):
+    model = models.MODELS[name](13, "batch", width=4, **({"channels": channels, "size": size}))
+    assert model(torch.randn(2, channels, size, size)).shape == (2, 13)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_stem_first_classifier_last(name):
+    layers = [m for m in models.MODELS[name](10, width=4).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert layers[0].weight.shape[1] in (3, 3072) and layers[-1].weight.shape[0] == 10
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_without_norm_there_is_none(name):
+    model = models.MODELS[name](10, None, width=4)
+    assert not [m for m in model.modules() if type(m) in norm.KINDS.values()]
+    one, two = torch.randn(2, 1, 3, 32, 32)
+    assert torch.allclose(model(torch.cat([one, two]))[:1], model(one), atol=1e-6)      # images do not meet
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_without_norm_the_signal_neither_dies_nor_explodes(name):
+    torch.manual_seed(0)
+    model = models.MODELS[name](10, None, width=16)
+    entering = {}
+    model.classifier.register_forward_pre_hook(lambda m, args: entering.update(x=args[0]))
+    model(torch.randn(64, 3, 32, 32))
+    assert 0.1 < entering["x"].square().mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["batch", None])
+@pytest.mark.parametrize("name", models.MODELS)
+def test_backprop_learns_a_batch_by_heart(name, kind):
+    torch.manual_seed(0)
+    model = models.MODELS[name](10, kind, width=32 if name == "mlp" else 8, size=16)
+    x, labels = torch.randn(16, 3, 16, 16), torch.randint(10, (16,))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    for _ in range(60):
+        loss = F.cross_entropy(model(x), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.5
+
+
+def test_unknown_norm():
+    with pytest.raises(ValueError, match="unknown normalisation"):
+        models.cnn(norm="instance")

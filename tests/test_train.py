@@ -1,0 +1,235 @@
+"""train.py as a user types it: the run folder, determinism, divergence, and every wrong input."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import train
+
+REAL_GRATINGS = data.gratings
+SMALL = ["--subset", "128", "--epochs", "2", "--width", "4", "--batch-size", "32"]
+
+
+@pytest.fixture(autouse=True)
+def small_gratings(monkeypatch, tmp_path):
+    """In this process, few gratings, and a working directory that is thrown away."""
+    few = REAL_GRATINGS(256, 64)
+    monkeypatch.setattr(data, "gratings", lambda: few)
+    monkeypatch.chdir(tmp_path)
+
+
+def made_cifar100(folder, n=96):
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    names = ["apple", *[f"thing {i}" for i in range(98)], "worm"]
+    part = lambda n: (torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(n) % 100)
+    torch.save(dict(zip(data.Dataset._fields, (*part(n), *part(32), names))), folder / "cifar100.pt")
+    return folder
+
+
+def run(*args, out):
+    assert train.main([*SMALL, *args, "--out", str(out)]) == 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return log, torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def without_time(log):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in log]
+
+
+def tensors(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
+    return [t for child in children for t in tensors(child)]
+
+
+def cli(*args, cwd, **env):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env})
+
+
+def test_the_headline_command_on_the_command_line(tmp_path):
+    made_cifar100(tmp_path / "data")
+    done = cli("--rule", "fa", "--muon", "--norm", "--dataset", "cifar100", "--width", "4", "--epochs", "2",
+               "--batch-size", "32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""                                    # no bar without a terminal, no warning
+    head, sgd_and_muon, epochs, last = (done.stdout.splitlines()[i:j] for i, j in ((0, 1), (1, 3), (3, 5), (5, None)))
+    assert head == ["fa + muon + batch norm · resnet18, 47,592 parameters · cifar100, 96 training and 32 test images · "
+                    "cpu (no GPU was found), float32"]
+    assert sgd_and_muon == ["Muon, learning rate 0.05: 19 hidden matrices, 43,584 weights",
+                            "Nesterov SGD, learning rate 0.05: 43 tensors, 4,008 weights"]
+    assert re.match(r"epoch   1/2  loss +\d+\.\d{4}  train +\d+\.\d%  test +\d+\.\d%  +\d+\.\d s  \d+m \d\ds left", epochs[0])
+    assert re.match(r"final test accuracy \d+\.\d% \(epoch 2, the last\) · \d+m \d\ds · runs", last[0]) and len(last) == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == "fa-muon-batch-cifar100-resnet18-s0"
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "log.jsonl"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["muon"] is True and config["args"]["norm"] == "batch" and config["args"]["lr"] == 0.05
+    assert config["versions"]["torch"] == torch.__version__ and "train.py --rule fa" in config["command"]
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2] and log[-1]["step"] == 6
+    for line in log:
+        assert {"epoch", "train_loss", "train_accuracy", "test_accuracy", "seconds"} <= line.keys()
+        assert 0 <= line["train_accuracy"] <= 1 and 0 <= line["test_accuracy"] <= 1
+
+
+def test_on_the_device(device, tmp_path):
+    log, _ = run("--muon", "--norm", "--device", str(device), out=tmp_path / "run")
+    assert len(log) == 2
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet18", "mlp"])
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(model, tmp_path):
+    args = ["--muon", "--norm", "--model", model, "--device", "cpu"]
+    a, first = run(*args, out=tmp_path / "a")
+    b, second = run(*args, out=tmp_path / "b")
+    c, third = run(*args, "--seed", "1", out=tmp_path / "c")
+    assert without_time(a) == without_time(b) != without_time(c)
+    assert len(tensors(first)) > 10 and all(torch.equal(x, y) for x, y in zip(tensors(first), tensors(second)))
+    assert not torch.equal(first["model"]["classifier.feedback"], third["model"]["classifier.feedback"])
+
+
+@pytest.mark.parametrize("args", [[], ["--rule", "bp"], ["--norm", "layer"], ["--norm", "rms", "--muon"], ["--amp"]], ids=str)
+def test_every_kind_of_run(args, tmp_path):
+    log, checkpoint = run(*args, "--device", "cpu", out=tmp_path / "run")
+    assert len(log) == 2 and not log[-1]["diverged"]
+    assert ("classifier.feedback" in checkpoint["model"]) == ("bp" not in args)
+
+
+def test_repaired_feedback_alignment_learns(tmp_path, monkeypatch):
+    easy = REAL_GRATINGS(1000, 500, noise=5)
+    monkeypatch.setattr(data, "gratings", lambda: easy)
+    assert train.main(["--muon", "--norm", "--width", "8", "--epochs", "8", "--batch-size", "32", "--out", "run",
+                       "--device", "cpu"]) == 0
+    last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    assert last["test_accuracy"] > 0.4                          # chance is 10 %
+
+
+def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
+    log, checkpoint = run("--norm", "--device", "cpu", out=tmp_path / "run")
+    args = train.parse([*SMALL, "--norm", "--device", "cpu"])
+    trainer = train.Trainer(args, data.gratings())
+    trainer.model.load_state_dict(checkpoint["model"])
+    assert trainer.test() == log[-1]["test_accuracy"]
+
+
+def test_the_learning_rates_follow_the_cosine(tmp_path):
+    args = train.parse([*SMALL, "--muon", "--norm", "--device", "cpu"])
+    trainer = train.Trainer(args, data.gratings())
+    rates = []
+    for _ in range(2):
+        for images, labels in data.batches(trainer.train_images, trainer.train_labels, 32, trainer.generator):
+            trainer.update(images, labels)
+            rates.append([o.param_groups[0]["lr"] for o, _ in trainer.optimisers])
+    assert rates[0] == [0.05, 0.05] and rates[4][0] == pytest.approx(0.025) and 0 < rates[7][0] < 0.005
+
+
+def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
+    status = train.main([*SMALL, "--lr", "1e30", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert status == 3
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert line["diverged"] is True and line["test_accuracy"] is None and line["train_loss"] is None and line["step"] == 2
+    assert f"diverged: the loss of step {line['step']} (epoch 1) is not finite" in capsys.readouterr().out
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_default_folders_never_collide(tmp_path):
+    for _ in range(2):
+        assert train.main([*SMALL, "--epochs", "1", "--device", "cpu"]) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["fa-gratings-cnn-s0", "fa-gratings-cnn-s0-2"]
+
+
+def test_the_interrupted_run_keeps_its_epochs(tmp_path, monkeypatch, capsys):
+    real = train.Trainer.epoch
+
+    def interrupted(self, title):
+        if self.step:
+            raise KeyboardInterrupt
+        return real(self, title)
+
+    monkeypatch.setattr(train.Trainer, "epoch", interrupted)
+    assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 130
+    assert len(Path("run/log.jsonl").read_text().splitlines()) == 1 and Path("run/checkpoint.pt").exists()
+
+
+WRONG = {
+    "--rule lottery": "invalid choice: 'lottery'",
+    "--dataset mnist": "invalid choice: 'mnist'",
+    "--model vgg": "invalid choice: 'vgg'",
+    "--norm instance": "invalid choice: 'instance'",
+    "--width 0": "not an integer of at least 1",
+    "--epochs 0": "not an integer of at least 1",
+    "--epochs 1.5": "not an integer",
+    "--subset 0": "not an integer of at least 1",
+    "--batch-size -3": "not an integer of at least 1",
+    "--subset 257": "gratings has 256 training images",
+    "--subset 1 --norm": "needs two",
+    "--batch-size 1 --norm": "--batch-size of at least 2",
+    "--lr 0": "not a finite number above 0",
+    "--lr nan": "not a finite number above 0",
+    "--lr inf": "not a finite number above 0",
+    "--muon --muon-lr -1": "not a finite number above 0",
+    "--muon-lr 0.1": "no effect without --muon",
+    "--weight-decay -1": "at least 0",
+    "--seed -1": "at least 0",
+    "--seed 99999999999999999999": "at most",
+    "--device tpu": "choose cpu, cuda or cuda:N",
+    "--device gpu7": "choose cpu, cuda or cuda:N",
+    "--out full": "full is not empty",
+    "--out full/file": "cannot make the run folder full/file: File exists",
+    "--out full/file/run": "cannot make the run folder",
+    "--out /proc/run": "cannot make the run folder",
+    "--dataset cifar100 --data full/file": "cannot use full/file/cifar100.pt",
+    "--dataset cifar100 --data other": "does not hold cifar100: it has 10 classes",
+    "--dataset cifar100 --data truncated": "is damaged",
+    "--dataset cifar100 --data nowhere": "cannot download cifar100",
+    "--nonsense": "unrecognized arguments",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_is_one_line_and_status_2(wrong, tmp_path, capsys, monkeypatch):
+    import torchvision
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    cache = torch.load(made_cifar100(tmp_path / "other") / "cifar100.pt")
+    torch.save({**cache, "classes": ["airplane", *"12345678", "truck"]}, tmp_path / "other" / "cifar100.pt")
+    raw = (made_cifar100(tmp_path / "truncated") / "cifar100.pt").read_bytes()
+    (tmp_path / "truncated" / "cifar100.pt").write_bytes(raw[:10000])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    folders = sorted(p for p in tmp_path.rglob("*") if p.is_dir())
+    try:
+        status = train.main([*SMALL[4:6], "--device", "cpu", *wrong.split()])
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    assert status == 2 and WRONG[wrong] in err and out == ""
+    assert err.startswith("train.py: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before       # nothing written, nothing lost
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_dir()) == folders
+
+
+def test_cuda_without_a_gpu(tmp_path):
+    done = cli("--device", "cuda", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1 and "finds no GPU here; leave --device out" in done.stderr
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as e:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    for action in train.parser()._actions:
+        assert action.help and action.option_strings[0] in text

@@ -1,0 +1,300 @@
+"""Train one network by one rule, and leave a folder of evidence.
+
+    python train.py                                                   # fa on gratings: a minute on a laptop
+    python train.py --muon --norm                                     # the same, repaired
+    python train.py --rule fa --muon --norm --dataset cifar100        # the paper's headline run, ResNet-18
+
+The paper (Boeshertz, Pascanu & Clopath 2026) trains deep networks by feedback alignment (fa.py) and repairs its collapsing
+error signal in two ways: Muon for the hidden weights (muon.py) and normalised hidden activity (norm.py). Each is a flag.
+This file only puts the pieces together:
+
+    images ──▶ model ──▶ loss ──▶ backward, where fa.py's hooks carry the error ──▶ Muon and SGD ──▶ weights
+
+The learning rates fall to 0 along a cosine. The reported accuracy is that of the last epoch, never of the best one.
+
+Exit status: 0 done, 2 wrong input (one line says what), 3 the loss became infinite or NaN, 130 interrupted.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+import fa
+import models
+import muon
+import norm
+import runs
+
+DIVERGED = 3
+MODEL_FOR = {"gratings": "cnn", "cifar10": "cnn", "cifar100": "resnet18"}     # the paper's pairs
+EPOCHS_FOR = {"gratings": 15, "cifar10": 50, "cifar100": 100}
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")               # one line; the usage is behind --help
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """An argparse type: a finite number of at least `low` (or above it) and at most `high`."""
+    wanted = f"{'an integer' if kind is int else 'a finite number'} {'above' if above else 'of at least'} {low}"
+    wanted += f" and at most {high}" if high < math.inf else ""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+    return convert
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="train.py", description="Train one network by one learning rule.",
+               epilog="The run folder holds config.json, log.jsonl, checkpoint.pt and curves.png.")
+    g = p.add_argument_group("the experiment")
+    g.add_argument("--rule", choices=fa.RULES, default="fa",
+                   help="how the error crosses a layer: bp is backprop, fa feedback alignment (default: fa)")
+    g.add_argument("--muon", action="store_true",
+                   help="orthogonalise the updates of hidden weights (default: Nesterov SGD for all weights)")
+    g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
+                   help="normalise hidden activity; --norm alone is batch, the paper's (default: no normalisation at all)")
+    g.add_argument("--dataset", choices=data.NAMES, default="gratings",
+                   help="what to learn (default: gratings, which is generated and needs no download)")
+    g.add_argument("--model", choices=models.MODELS,
+                   help="the network (default: the paper's, resnet18 for cifar100 and the 4-layer cnn otherwise)")
+    g.add_argument("--width", type=number(int, 1),
+                   help="channels of the first layer, units of the mlp (default: 64 resnet18, 32 cnn, 512 mlp)")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=number(int, 1),
+                   help="passes over the training images (default: 15 gratings, 50 cifar10, 100 cifar100)")
+    g.add_argument("--batch-size", type=number(int, 1), default=128, help="images a step (default: 128)")
+    g.add_argument("--lr", type=number(float, 0, above=True),
+                   help="first learning rate of Nesterov SGD (default: 0.05 with --norm, 0.02 without, which diverges sooner)")
+    g.add_argument("--muon-lr", type=number(float, 0, above=True),
+                   help="first learning rate of Muon (default: 0.05 with --norm, 0.01 without, which diverges sooner)")
+    g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
+                   help="of both optimisers (default: 0.0005, usual for CIFAR)")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
+                   help="of weights, feedback, order and augmentation (default: 0)")
+    g = p.add_argument_group("data and machine")
+    g.add_argument("--subset", type=number(int, 1), metavar="N",
+                   help="train on the first N images only; the test set stays whole (default: all)")
+    g.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
+    g.add_argument("--out", metavar="DIR", help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
+    g.add_argument("--device", default="auto",
+                   help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction,
+                   help="bf16 in forward and backward, float32 for weights (default: on a GPU, where it is faster)")
+    return p
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = parser()
+    args = p.parse_args(argv)
+    if args.muon_lr is not None and not args.muon:
+        p.error("--muon-lr has no effect without --muon: add --muon or leave it out")
+    args.model = args.model or MODEL_FOR[args.dataset]
+    args.epochs = args.epochs or EPOCHS_FOR[args.dataset]
+    args.lr = args.lr or (0.05 if args.norm else 0.02)
+    if args.muon:
+        args.muon_lr = args.muon_lr or (0.05 if args.norm else 0.01)
+    if args.norm == "batch" and args.batch_size < 2:
+        p.error("batch normalisation needs a --batch-size of at least 2")
+    args.device, args.device_reason = choose_device(p, args.device)
+    if args.amp is None:
+        args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return args
+
+
+def choose_device(p: argparse.ArgumentParser, name: str) -> tuple[torch.device, str]:
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return (torch.device("cuda"), "a GPU was found") if available else (torch.device("cpu"), "no GPU was found")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        p.error(f"--device {name}: choose cpu, cuda or cuda:N")
+    if device.type == "cuda" and not available:
+        p.error(f"--device {name}: torch {torch.__version__} finds no GPU here; leave --device out to use the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        p.error(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return device, "as asked"
+
+
+# ---- one epoch -------------------------------------------------------------------------------------------------
+
+class Trainer:
+    """A model, its rule, its optimisers and its data, one epoch at a time.
+
+    model, handle   the network, and the handle of the rule that is attached to it
+    optimisers      [Nesterov SGD], or [Muon, Nesterov SGD], each beside its first learning rate
+    step            optimiser steps taken; total_steps of them bring the learning rates to 0
+    """
+
+    def __init__(self, args: argparse.Namespace, dataset: data.Dataset):
+        self.args = args
+        device = args.device
+        self.train_images, self.train_labels = (t[:args.subset].to(device) for t in dataset[:2])
+        self.test_images, self.test_labels = (t.to(device) for t in dataset[2:4])
+        self.normalise = data.Normalise(self.train_images)
+        self.generator = torch.Generator(device).manual_seed(args.seed)         # order and augmentation
+        self.flip = args.dataset != "gratings"                                  # a mirrored grating is another class
+
+        torch.manual_seed(args.seed)
+        kwargs = {} if args.width is None else {"width": args.width}
+        self.model = models.MODELS[args.model](len(dataset.classes), args.norm, size=dataset.train_images.shape[-1], **kwargs)
+        # With channels last the kernels need no reordering of activations: half the time of a step on a CPU.
+        self.model.to(device, memory_format=torch.channels_last)
+        self.handle = fa.attach(self.model, fa.RULES[args.rule](seed=args.seed))
+
+        hidden, others = muon.split(self.model) if args.muon else ([], list(self.model.parameters()))
+        sgd = torch.optim.SGD(others, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        self.optimisers = [(sgd, args.lr)]
+        if hidden:
+            self.optimisers.insert(0, (muon.Muon(hidden, args.muon_lr, weight_decay=args.weight_decay), args.muon_lr))
+        self.step = 0
+        self.steps_per_epoch = data.steps(len(self.train_images), args.batch_size)
+        self.total_steps = args.epochs * self.steps_per_epoch
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images -> logits."""
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
+            return self.model(self.normalise(images))
+
+    def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimiser step; returns its loss and the number of images classified right, both still on the device."""
+        for optimiser, lr in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr * (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
+        logits = self.forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.model.zero_grad()
+        loss.backward()                                                         # fa.py's hooks run in here
+        self.handle.before_step()
+        for optimiser, _ in self.optimisers:
+            optimiser.step()
+        self.step += 1
+        return loss.detach(), (logits.argmax(1) == labels).sum()
+
+    def epoch(self, title: str) -> dict:
+        """Train for one epoch; returns the log line without its test accuracy. A non-finite loss ends it early."""
+        self.model.train()
+        losses, right, seen = [], 0, 0
+        batches = data.batches(self.train_images, self.train_labels, self.args.batch_size, self.generator, self.flip)
+        for images, labels in tqdm(batches, title, self.steps_per_epoch, leave=False, disable=None, unit="step"):
+            loss, correct = self.update(images, labels)
+            losses.append(loss)
+            right, seen = right + correct, seen + len(labels)
+            if len(losses) % 20 == 0 or len(losses) == self.steps_per_epoch:    # reading a loss makes a GPU wait
+                finite = torch.stack(losses).isfinite()
+                if not finite.all():
+                    first = self.step - len(losses) + int(finite.int().argmin()) + 1
+                    return {"diverged": True, "step": first, "train_loss": None, "train_accuracy": None}
+        return {"diverged": False, "step": self.step, "train_loss": torch.stack(losses).mean().item(),
+                "train_accuracy": right.item() / seen}
+
+    @torch.no_grad()
+    def test(self) -> float:
+        """Accuracy on the whole test set."""
+        self.model.eval()
+        right = sum((self.forward(images).argmax(1) == labels).sum()
+                    for images, labels in zip(self.test_images.split(1000), self.test_labels.split(1000)))
+        return right.item() / len(self.test_labels)
+
+    def state(self) -> dict:
+        """Everything that the next epoch depends on."""
+        return {"model": self.model.state_dict(), "optimisers": [o.state_dict() for o, _ in self.optimisers],
+                "step": self.step, "generator": self.generator.get_state()}
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------
+
+def header(args: argparse.Namespace, trainer: Trainer) -> str:
+    """What runs where and why, and who updates what."""
+    count = sum(p.numel() for p in trainer.model.parameters())
+    name = " + ".join([args.rule, *["muon"] * args.muon, f"{args.norm} norm" if args.norm else "no norm"])
+    where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
+    lines = [f"{name} · {args.model}, {count:,} parameters · {args.dataset}, {len(trainer.train_images):,} training and "
+             f"{len(trainer.test_images):,} test images · {where} ({args.device_reason}), {'bf16' if args.amp else 'float32'}"]
+    for optimiser, lr in trainer.optimisers:
+        tensors = [p for group in optimiser.param_groups for p in group["params"]]
+        kind, what = {True: ("Muon", "hidden matrices"), False: ("Nesterov SGD", "tensors")}[isinstance(optimiser, muon.Muon)]
+        lines.append(f"{kind}, learning rate {lr:g}: {len(tensors)} {what}, {sum(p.numel() for p in tensors):,} weights")
+    return "\n".join(lines)
+
+
+def span(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h {minutes % 60:02}m" if minutes >= 60 else f"{minutes}m {seconds:02}s"
+
+
+def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
+    """Run all epochs, writing the folder as they end. Returns the exit status."""
+    settings = {key: str(value) if key == "device" else value for key, value in vars(args).items()}
+    runs.write_json(folder / "config.json", {"args": settings, **runs.provenance()})
+    log: list[dict] = []
+    began = time.perf_counter()
+    for epoch in range(1, args.epochs + 1):
+        start = time.perf_counter()
+        line = {"epoch": epoch, **trainer.epoch(f"epoch {epoch}/{args.epochs}")}
+        line["test_accuracy"] = None if line["diverged"] else trainer.test()
+        line["seconds"] = round(time.perf_counter() - start, 3)
+        log.append(line)
+        runs.write_log(folder / "log.jsonl", log)
+        if line["diverged"]:
+            break
+        state = {"epoch": epoch, "args": settings, **trainer.state()}
+        runs.write(folder / "checkpoint.pt", lambda partial: torch.save(state, partial))
+        left = (time.perf_counter() - began) / epoch * (args.epochs - epoch)
+        print(f"epoch {epoch:3}/{args.epochs}  loss {line['train_loss']:7.4f}  train {line['train_accuracy']:6.1%}  "
+              f"test {line['test_accuracy']:6.1%}  {line['seconds']:6.1f} s  {span(left)} left", flush=True)
+    runs.draw(folder / "curves.png", log, folder.name)
+    if log[-1]["diverged"]:
+        print(f"diverged: the loss of step {log[-1]['step']} (epoch {log[-1]['epoch']}) is not finite; a lower --lr, --norm "
+              f"or --muon may help · {folder}", flush=True)
+        return DIVERGED
+    print(f"final test accuracy {log[-1]['test_accuracy']:.1%} (epoch {args.epochs}, the last) · "
+          f"{span(time.perf_counter() - began)} · {folder}", flush=True)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        dataset = data.load(args.dataset, args.data)
+        if args.subset and args.subset > len(dataset.train_images):
+            raise data.DataError(f"--subset {args.subset}: {args.dataset} has {len(dataset.train_images)} training images")
+        if args.norm == "batch" and args.subset == 1:
+            raise data.DataError("--subset 1: batch normalisation compares images with each other and needs two")
+        trainer = Trainer(args, dataset)
+        parts = [args.rule, *["muon"] * args.muon, *[args.norm] * bool(args.norm), args.dataset, args.model, f"s{args.seed}"]
+        folder = runs.create(args.out, "-".join(parts))
+    except (data.DataError, runs.RunError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    print(header(args, trainer), flush=True)
+    try:
+        return train(args, trainer, folder)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished epochs are in {folder}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
