@@ -1,0 +1,293 @@
+"""The paper's claims, each a short list of runs, a table and a picture.
+
+    python reproduce.py quick                        # gratings: feedback alignment fails, and is repaired
+    python reproduce.py cifar10 --seeds 2 --jobs 2   # ResNet-18 at a small scale on real images
+    python reproduce.py cifar10 --set epochs=1 subset=1000
+    python reproduce.py --check                      # does the README still say what results/ says?
+
+A run is `train.py` with the arguments listed below. When it ends, one JSON line with its arguments, seed, versions,
+commit, device and log goes to results/NAME.jsonl, and nothing else makes numbers for the README: its tables stand
+between <!-- NAME --> marks and are written from those lines. Runs whose line is there already (same arguments, seed and
+train.VERSION) are not run again, so a killed experiment goes on where it was; `--set` changes arguments of all its runs.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import runs
+import train
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+README = HERE / "README.md"
+MACHINE = ("out", "data", "device", "device_reason", "amp_reason")            # arguments that are not part of the experiment
+
+
+class Experiment(NamedTuple):
+    claim: str                  # what the paper says, and what this tests
+    common: str                 # arguments of all runs
+    cells: dict[str, str]       # label -> arguments of its own
+    paper: dict[str, float]     # label -> the paper's test accuracy in %, where it gives one
+    seeds: int = 1              # seeds 0, 1, ... by default
+
+
+REPAIRS = {"backprop": "--rule bp", "FA": "--rule fa", "FA + Muon": "--rule fa --muon", "FA + norm": "--rule fa --norm",
+           "FA + Muon + norm": "--rule fa --muon --norm"}
+PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46.1}     # CIFAR-100, ResNet-18
+
+EXPERIMENTS = {
+    "quick": Experiment(
+        "Feedback alignment fails on the 4-layer CNN; Muon and activity normalisation repair it. Gratings, 12 epochs.",
+        "--dataset gratings", {k: REPAIRS[k] for k in ("backprop", "FA", "FA + Muon + norm")}, {}),
+    "cifar10": Experiment(
+        "On a deep network each fix lifts feedback alignment, and both together the most. ResNet-18 of width 16, the first "
+        "10,000 training images of CIFAR-10, 10 epochs, the whole test set.",
+        "--dataset cifar10 --model resnet18 --width 16 --subset 10000 --epochs 10",
+        {"backprop + norm": "--rule bp --norm", **{k: v for k, v in REPAIRS.items() if k != "backprop"}}, {}, seeds=2),
+    "cifar100": Experiment(
+        "The paper's headline table: ResNet-18 on all of CIFAR-100, 100 epochs.",
+        "--dataset cifar100 --model resnet18", {"backprop + norm": "--rule bp --norm", **REPAIRS}, PAPER),
+}
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------
+
+class Job(NamedTuple):
+    label: str
+    argv: list[str]
+    key: str                    # the run's identity: every argument's value, and train.VERSION
+
+
+def jobs(experiment: Experiment, seeds: int, changes: list[str]) -> list[Job]:
+    """All runs of an experiment. Raises SystemExit, through train.parse, for an argument that train.py refuses."""
+    listed = []
+    for seed in range(seeds):
+        for label, own in experiment.cells.items():
+            argv = [*shlex.split(f"{experiment.common} {own}"), *changes, "--seed", str(seed)]
+            listed.append(Job(label, argv, key(vars(train.parse(argv)), train.VERSION)))
+    return listed
+
+
+def key(args: dict, version: int) -> str:
+    return json.dumps({**{k: v for k, v in args.items() if k not in MACHINE}, "version": version}, sort_keys=True)
+
+
+def read(name: str) -> dict[str, dict]:
+    """results/NAME.jsonl as key -> line. Raises RunError naming a line that is not JSON."""
+    path, lines = RESULTS / f"{name}.jsonl", {}
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            line = json.loads(text)
+            lines[key(line["args"], line["version"])] = line
+        except (ValueError, KeyError) as e:
+            raise runs.RunError(f"{path}, line {number} is not a result ({e}); restore it from git or delete it") from e
+    return lines
+
+
+def run(name: str, job: Job, data: str, device: str, threads: int, running: dict) -> dict:
+    """One run of train.py in a process of its own; returns its result line."""
+    Path("runs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="runs"))
+    command = [sys.executable, HERE / "train.py", *job.argv, "--data", data, "--device", device, "--out", folder / "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    running[job.key] = process, folder / "run" / "log.jsonl"
+    _, error = process.communicate()
+    del running[job.key]
+    if process.returncode not in (0, train.DIVERGED):
+        raise runs.RunError(f"{' '.join(job.argv)} ended with status {process.returncode}: {error.strip()[-2000:]}")
+    config = json.loads((folder / "run" / "config.json").read_text())
+    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return {"experiment": name, "label": job.label, "seed": config["args"]["seed"],
+            "final_test_accuracy": log[-1]["test_accuracy"], "diverged": log[-1]["diverged"],
+            "seconds": round(sum(line["seconds"] for line in log), 1), "device": config["device"],
+            "commit": config["commit"], "version": config["version"], "versions": config["versions"],
+            "args": config["args"], "epochs": log}
+
+
+def run_missing(name: str, missing: list[Job], done: dict[str, dict], args: argparse.Namespace) -> None:
+    """Run what is missing, `args.jobs` at a time, adding each result to results/NAME.jsonl as it comes."""
+    RESULTS.mkdir(exist_ok=True)
+    running: dict = {}
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    began, total = time.time(), sum(train.parse(job.argv).epochs for job in missing)
+    finished = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = {pool.submit(run, name, job, args.data, args.device, threads, running): job for job in missing}
+        try:
+            while waiting:
+                for future in [f for f in waiting if f.done()]:
+                    job, line = waiting.pop(future), future.result()
+                    finished += len(line["epochs"])
+                    done[job.key] = line
+                    runs.write_log(RESULTS / f"{name}.jsonl", list(done.values()))
+                    print(f"\r\033[K{job.label}, seed {line['seed']}: {percent(line)}, {train.span(line['seconds'])}", flush=True)
+                epochs = finished + sum(log.read_text().count("\n") for _, log in list(running.values()) if log.exists())
+                left = train.span((time.time() - began) / epochs * (total - epochs)) if epochs else "unknown time"
+                if sys.stderr.isatty():
+                    print(f"\r\033[K{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left", end="",
+                          file=sys.stderr, flush=True)
+                time.sleep(0.5)
+        finally:                                                # an error or Ctrl-C: the results so far are kept
+            for future in waiting:
+                future.cancel()
+            for process, _ in list(running.values()):
+                process.terminate()
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------
+
+def percent(line: dict) -> str:
+    if line["diverged"]:
+        return f"diverged at step {line['epochs'][-1]['step']}"
+    return f"{100 * line['final_test_accuracy']:.1f} %"
+
+
+def table(experiment: Experiment, lines: list[dict]) -> str:
+    """Markdown: mean ± standard deviation over seeds, n, and the paper's value beside it."""
+    rows = []
+    for label in experiment.cells:
+        cell = [line for line in lines if line["label"] == label]
+        accuracies = [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
+        text = f"{statistics.mean(accuracies):.1f}" if accuracies else "–"
+        if len(accuracies) > 1:
+            text += f" ± {statistics.stdev(accuracies):.1f}"
+        if len(accuracies) < len(cell):
+            text += f" ({len(cell) - len(accuracies)} of {len(cell)} diverged)"
+        paper, difference = experiment.paper.get(label), ""
+        if paper is not None and accuracies:
+            difference = f"{statistics.mean(accuracies) - paper:+.1f}"
+        row = [label, text if cell else "not measured", str(len(cell)), *[paper or "–", difference] * bool(experiment.paper)]
+        rows.append("| " + " | ".join(map(str, row)) + " |")
+    head = ["", "test accuracy (%)", "n", *["the paper", "difference"] * bool(experiment.paper)]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
+
+
+COLOURS = {"backprop": "#000000", "backprop + norm": "#000000", "FA": "#D55E00", "FA + Muon": "#E69F00",
+           "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2"}          # Okabe & Ito 2008: safe for the colour-blind
+
+
+def draw(path: Path, experiment: Experiment, lines: list[dict]) -> None:
+    """Test accuracy by epoch, one colour a cell, a line a seed, each named at its end."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    ends = []
+    for label in experiment.cells:
+        cell = [line for line in lines if line["label"] == label]
+        for line in cell:
+            epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
+            axes.plot([e["epoch"] for e in epochs], [100 * e["test_accuracy"] for e in epochs], "o-", markersize=3,
+                      color=COLOURS[label], linewidth=2)
+            last = epochs[-1]["epoch"] if epochs else 0
+        if cell:
+            heights = [100 * line["epochs"][-1]["test_accuracy"] for line in cell if not line["diverged"]]
+            ends.append([statistics.mean(heights) if heights else chance(cell[0]), last, label])
+    low = min(chance(line) for line in lines)
+    top = max(height for height, *_ in ends)
+    placed = -1e9
+    for height, last, label in sorted(ends):                    # names apart from each other
+        placed = max(height, placed + 0.055 * (top - low))
+        axes.annotate(label, (last, placed), xytext=(6, 0), textcoords="offset points", va="center",
+                      color=COLOURS[label], fontsize=11, annotation_clip=False)
+    axes.axhline(low, color="#999999", linewidth=1, linestyle=":")
+    axes.annotate("chance", (0.7, low), xytext=(2, 3), textcoords="offset points", color="#666666")
+    axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0.7, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    runs.write(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
+    plt.close(figure)
+
+
+def chance(line: dict) -> float:
+    return 1.0 if line["args"]["dataset"] == "cifar100" else 10.0
+
+
+def lines_of(name: str) -> list[dict]:
+    """The lines that the README's table shows: the experiment as it stands, every seed that was run."""
+    experiment, done = EXPERIMENTS[name], read(name)
+    most = 1 + max((line["seed"] for line in done.values()), default=-1)
+    return [done[job.key] for job in jobs(experiment, most, []) if job.key in done]
+
+
+def written(text: str) -> str:
+    """The README with its tables written anew from results/."""
+    for name, experiment in EXPERIMENTS.items():
+        block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if block.search(text):
+            content = table(experiment, lines_of(name)) + "\n"
+            text = block.sub(lambda m: m[1] + content + m[2], text)
+    return text
+
+
+# ---- command line ----------------------------------------------------------------------------------------------
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = train.Parser(prog="reproduce.py", description="Run an experiment of the paper, as far as it is missing.",
+                     epilog="Experiments: " + " ".join(f"{name}: {e.claim}" for name, e in EXPERIMENTS.items()))
+    p.add_argument("name", nargs="?", choices=EXPERIMENTS, help="the experiment")
+    p.add_argument("--seeds", type=train.number(int, 1), help="runs of each cell (default: the experiment's own number)")
+    p.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="changes",
+                   help="arguments of train.py that replace the experiment's, such as epochs=10 width=16")
+    p.add_argument("--jobs", type=train.number(int, 1), default=1, help="runs at a time, sharing the cores (default: 1)")
+    p.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
+    p.add_argument("--device", default="auto", help="as for train.py (default: auto)")
+    p.add_argument("--check", action="store_true", help="only compare the README's tables with results/; status 1 if they differ")
+    args = p.parse_args(argv)
+    if (args.name is None) != args.check:
+        p.error("name one experiment, or --check: " + ", ".join(EXPERIMENTS))
+    for change in args.changes:
+        if "=" not in change:
+            p.error(f"--set {change}: write FLAG=VALUE, such as epochs=10")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        if args.check:
+            same = README.read_text() == written(README.read_text())
+            print("README.md says what results/ says" if same else
+                  "README.md differs from results/: run the experiment again, which writes the table anew")
+            return 0 if same else 1
+        experiment, done = EXPERIMENTS[args.name], read(args.name)
+        changes = [f"--{change.replace('_', '-')}" for change in args.changes]
+        listed = jobs(experiment, args.seeds or experiment.seeds, changes)
+        print(f"{args.name}: {experiment.claim}", flush=True)
+        missing = [job for job in listed if job.key not in done]
+        if len(missing) < len(listed):
+            print(f"{len(listed) - len(missing)} of {len(listed)} runs are in {RESULTS.name}/{args.name}.jsonl already")
+        run_missing(args.name, missing, done, args)
+        picture = RESULTS / ("-".join([args.name, *args.changes]) + ".png")
+        lines = [done[job.key] for job in listed]
+        draw(picture, experiment, lines)
+        print("\n" + table(experiment, lines) + f"\n\n{picture}")
+        if README.exists() and not args.changes:
+            text = written(README.read_text())
+            if text != README.read_text():
+                runs.write(README, lambda partial: partial.write_text(text))
+        return 0
+    except runs.RunError as e:
+        print(f"reproduce.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with the runs that are missing", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""reproduce.py: runs only what is missing, keeps every result, and writes README tables that cannot drift."""
+import json
+
+import pytest
+
+import reproduce
+import train
+
+TINY = "--dataset gratings --subset 64 --width 2 --epochs 1"
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """An experiment of two cells, with a README and a results folder of its own."""
+    experiment = reproduce.Experiment("a claim", TINY, {"backprop": "--rule bp", "FA": "--rule fa"}, {"FA": 1.5})
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("before\n<!-- tiny -->\nold\n<!-- end -->\nafter\n")
+    return tmp_path
+
+
+def counted(monkeypatch, fail_at=None):
+    """reproduce.run without a process: makes a result, and counts the calls."""
+    calls = []
+
+    def run(name, job, *_):
+        calls.append(job)
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        args = {k: v for k, v in vars(train.parse(job.argv)).items() if k not in reproduce.MACHINE}
+        accuracy = 0.5 + 0.1 * args["seed"]
+        return {"experiment": name, "label": job.label, "seed": args["seed"], "final_test_accuracy": accuracy, "args": args,
+                "diverged": False, "seconds": 1.0, "version": train.VERSION,
+                "epochs": [{"epoch": 1, "test_accuracy": accuracy, "step": 2}]}
+
+    monkeypatch.setattr(reproduce, "run", run)
+    return calls
+
+
+def test_end_to_end_with_real_runs(tiny, capsys):
+    assert reproduce.main(["tiny", "--jobs", "2", "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in (tiny / "results" / "tiny.jsonl").read_text().splitlines()]
+    assert {line["label"] for line in lines} == {"backprop", "FA"}
+    for line in lines:
+        assert {"experiment", "args", "seed", "final_test_accuracy", "diverged", "device", "commit", "versions",
+                "epochs"} <= line.keys()
+        assert line["args"]["width"] == 2 and len(line["epochs"]) == 1
+        assert line["final_test_accuracy"] == line["epochs"][-1]["test_accuracy"]
+    assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+    readme = (tiny / "README.md").read_text()
+    assert readme.startswith("before\n<!-- tiny -->\n| ") and readme.endswith("<!-- end -->\nafter\n")
+    assert f"| FA | {100 * next(l for l in lines if l['label'] == 'FA')['final_test_accuracy']:.1f} | 1 | 1.5 | " in readme
+    assert "2 of 2 runs" not in capsys.readouterr().out
+    assert reproduce.main(["tiny", "--device", "cpu"]) == 0
+    assert "2 of 2 runs are in results/tiny.jsonl already" in capsys.readouterr().out
+
+
+def test_only_what_is_missing_is_run(tiny, monkeypatch):
+    calls = counted(monkeypatch, fail_at=2)
+    assert reproduce.main(["tiny"]) == 130                      # interrupted in the second run: the first is kept
+    assert len((tiny / "results" / "tiny.jsonl").read_text().splitlines()) == 1
+    calls = counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0 and len(calls) == 1
+    assert reproduce.main(["tiny", "--seeds", "3"]) == 0 and len(calls) == 5
+    assert reproduce.main(["tiny", "--set", "width=3"]) == 0 and len(calls) == 7
+    monkeypatch.setattr(train, "VERSION", train.VERSION + 1)
+    assert reproduce.main(["tiny"]) == 0 and len(calls) == 9
+    assert len((tiny / "results" / "tiny.jsonl").read_text().splitlines()) == 10
+
+
+def test_the_table(tiny, monkeypatch):
+    counted(monkeypatch)
+    assert reproduce.main(["tiny", "--seeds", "3"]) == 0
+    assert "| FA | 60.0 ± 10.0 | 3 | 1.5 | +58.5 |" in (tiny / "README.md").read_text()
+    experiment = reproduce.EXPERIMENTS["tiny"]
+    lost = {"label": "FA", "diverged": True, "final_test_accuracy": None}
+    kept = {"label": "FA", "diverged": False, "final_test_accuracy": 0.25}
+    assert "| FA | 25.0 (1 of 2 diverged) | 2 | 1.5 | +23.5 |" in reproduce.table(experiment, [lost, kept])
+    assert "| FA | – (1 of 1 diverged) | 1 |" in reproduce.table(experiment, [lost])
+    assert "| backprop | not measured | 0 |" in reproduce.table(experiment, [lost])
+
+
+def test_check_goes_red_when_a_number_is_edited(tiny, monkeypatch):
+    counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0 and reproduce.main(["--check"]) == 0
+    readme = tiny / "README.md"
+    readme.write_text(readme.read_text().replace("50.0", "51.0"))
+    assert reproduce.main(["--check"]) == 1
+    assert reproduce.main(["tiny"]) == 0 and reproduce.main(["--check"]) == 0
+
+
+def test_the_real_readme_says_what_results_say():
+    assert reproduce.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("wrong, why", [([], "name one experiment"), (["nothing"], "invalid choice"),
+                                        (["tiny", "--check"], "name one experiment"),
+                                        (["tiny", "--jobs", "0"], "at least 1"), (["tiny", "--set", "width"], "FLAG=VALUE"),
+                                        (["tiny", "--set", "width=0"], "at least 1"),
+                                        (["tiny", "--set", "nonsense=1"], "unrecognized arguments")])
+def test_wrong_input(tiny, wrong, why, capsys):
+    with pytest.raises(SystemExit) as e:
+        reproduce.main(wrong)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and why in err and err.count("\n") == 1
+
+
+def test_a_damaged_results_file_is_named(tiny, capsys):
+    (tiny / "results").mkdir()
+    (tiny / "results" / "tiny.jsonl").write_text('{"half": ')
+    assert reproduce.main(["tiny"]) == 2
+    assert "tiny.jsonl, line 1 is not a result" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_says_why(tiny, monkeypatch, capsys):
+    assert reproduce.main(["tiny", "--set", "subset=999999", "--device", "cpu"]) == 2
+    assert "gratings has 5000 training images" in capsys.readouterr().err
