@@ -133,18 +133,24 @@ def run_missing(name: str, missing: list[Job], done: dict[str, dict], args: argp
                     finished += len(line["epochs"])
                     done[job.key] = line
                     runs.write_log(RESULTS / f"{name}.jsonl", list(done.values()))
-                    print(f"\r\033[K{job.label}, seed {line['seed']}: {percent(line)}, {train.span(line['seconds'])}", flush=True)
+                    show("")
+                    print(f"{job.label}, seed {line['seed']}: {percent(line)}, {train.span(line['seconds'])}", flush=True)
                 epochs = finished + sum(log.read_text().count("\n") for _, log in list(running.values()) if log.exists())
                 left = train.span((time.time() - began) / epochs * (total - epochs)) if epochs else "unknown time"
-                if sys.stderr.isatty():
-                    print(f"\r\033[K{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left", end="",
-                          file=sys.stderr, flush=True)
+                show(f"{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left")
                 time.sleep(0.5)
+            show("")
         finally:                                                # an error or Ctrl-C: the results so far are kept
             for future in waiting:
                 future.cancel()
             for process, _ in list(running.values()):
                 process.terminate()
+
+
+def show(progress: str) -> None:
+    """Write over the terminal's last line; where there is no terminal, nothing."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------
@@ -205,7 +211,8 @@ def draw(path: Path, experiment: Experiment, lines: list[dict]) -> None:
         axes.annotate(label, (last, placed), xytext=(6, 0), textcoords="offset points", va="center",
                       color=COLOURS[label], fontsize=11, annotation_clip=False)
     axes.axhline(low, color="#999999", linewidth=1, linestyle=":")
-    axes.annotate("chance", (0.7, low), xytext=(2, 3), textcoords="offset points", color="#666666")
+    axes.annotate("chance", (0.7 * max(last for _, last, _ in ends), low), xytext=(0, 7), textcoords="offset points",
+                  color="#666666")
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0.7, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
@@ -253,6 +260,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for change in args.changes:
         if "=" not in change:
             p.error(f"--set {change}: write FLAG=VALUE, such as epochs=10")
+        if change.startswith("seed="):
+            p.error(f"--set {change}: the seeds of an experiment are 0, 1, ...; say how many with --seeds")
     return args
 
 

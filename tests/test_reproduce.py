@@ -99,6 +99,7 @@ def test_the_real_readme_says_what_results_say():
                                         (["tiny", "--check"], "name one experiment"),
                                         (["tiny", "--jobs", "0"], "at least 1"), (["tiny", "--set", "width"], "FLAG=VALUE"),
                                         (["tiny", "--set", "width=0"], "at least 1"),
+                                        (["tiny", "--set", "seed=3"], "with --seeds"),
                                         (["tiny", "--set", "nonsense=1"], "unrecognized arguments")])
 def test_wrong_input(tiny, wrong, why, capsys):
     with pytest.raises(SystemExit) as e:
