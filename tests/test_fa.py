@@ -270,6 +270,13 @@ def test_feedback_is_drawn_like_the_weight_but_independently(norm):
         assert abs(kurtosis[0] - kurtosis[1]) < 0.5 + 20 / math.sqrt(n)
 
 
+def test_the_seed_that_drew_the_weights_draws_other_feedback():
+    torch.manual_seed(5)
+    later, stem = nn.Linear(50, 50), nn.Linear(3, 50)           # W is the first thing that seed 5 draws
+    fa.attach(nn.Sequential(stem, later), fa.FA(seed=5))
+    assert abs(torch.corrcoef(torch.stack([later.weight.detach().flatten(), later.feedback.flatten()]))[0, 1]) < 0.1
+
+
 def test_the_seed_fixes_the_feedback():
     draws = []
     for seed, global_seed in ((0, 1), (0, 2), (1, 1)):
