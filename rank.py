@@ -18,13 +18,27 @@ Boeshertz, Pascanu & Clopath (2026) find that feedback alignment's signal has a 
     trajectory   (steps, weights), a row per gradient of successive steps. At most the number of steps
 
 The singular values come from a Gram matrix of the smaller side in float64 (σ² are its eigenvalues): for 512 × 4608 that is
-four times faster than an SVD, and float64 keeps what squaring loses. `python rank.py` measures some known matrices.
+four times faster than an SVD, and float64 keeps what squaring loses. `python rank.py` measures some known matrices;
+
+    python train.py --muon --norm --rank                        # records into the run folder
+    python rank.py RUN [RUN ...] --out rank.png                 # draws runs side by side
 """
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+# ---- measures --------------------------------------------------------------------------------------------------
 
 def singular_values(matrix: Tensor) -> Tensor:
     """σ of an (m, n) matrix, float64 (min(m, n),), largest first. Below about 1e-8 σ₁ they are rounding.
@@ -47,26 +61,27 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 def effective_rank(matrix: Tensor) -> float:
     """exp(-Σ p log p), p = σ/Σσ, of an (m, n) matrix: 1 to min(m, n); 0 for a zero matrix (Roy & Vetterli 2007)."""
-    sigma = singular_values(matrix)
-    if sigma[0] == 0:
-        return 0.0
-    p = sigma / sigma.sum()
-    return torch.exp(-torch.special.xlogy(p, p).sum()).item()   # xlogy: 0 log 0 = 0
+    return measures(singular_values(matrix))["effective_rank"]
 
 
 def participation_ratio(matrix: Tensor) -> float:
     """(Σσ²)² / Σσ⁴ of an (m, n) matrix: 1 to min(m, n); 0 for a zero matrix."""
-    sigma = singular_values(matrix)
-    if sigma[0] == 0:
-        return 0.0
-    energy = (sigma / sigma[0]).square()
-    return (energy.sum().square() / energy.square().sum()).item()
+    return measures(singular_values(matrix))["participation_ratio"]
 
 
 def stable_rank(matrix: Tensor) -> float:
     """‖M‖_F² / σ₁² of an (m, n) matrix: 1 to min(m, n); 0 for a zero matrix."""
-    sigma = singular_values(matrix)
-    return (sigma / sigma[0]).square().sum().item() if sigma[0] > 0 else 0.0
+    return measures(singular_values(matrix))["stable_rank"]
+
+
+def measures(sigma: Tensor) -> dict[str, float]:
+    """All three of singular values that are known already, largest first."""
+    if sigma[0] == 0:
+        return {"effective_rank": 0.0, "participation_ratio": 0.0, "stable_rank": 0.0}
+    p, energy = sigma / sigma.sum(), (sigma / sigma[0]).square()
+    return {"effective_rank": torch.exp(-torch.special.xlogy(p, p).sum()).item(),       # xlogy: 0 log 0 = 0
+            "participation_ratio": (energy.sum().square() / energy.square().sum()).item(),
+            "stable_rank": energy.sum().item()}
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -80,6 +95,230 @@ def angle(a: Tensor, b: Tensor) -> float:
     a, b = a / a.norm(), b / b.norm()
     return (2 * torch.atan2((a - b).norm(), (a + b).norm())).rad2deg().item()   # exact near 0 and 180, unlike arccos
 
+
+def mean_cosine(rows: Tensor) -> float:
+    """Mean |cos| between different rows of (N, n): 0 if all are orthogonal, 1 if all point the same way. Zero rows count 0."""
+    unit = F.normalize(rows.detach().double(), dim=1)
+    n = len(rows)
+    cosines = (unit @ unit.mT).abs()
+    return ((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1))).item()
+
+
+# ---- the recorder ----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """A place to run the model in float32 (no autocast, no TF32) and leave no trace in it or in the random generators."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    modes = [(m, m.training) for m in model.modules()]
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.autocast(device.type, enabled=False), \
+                torch.enable_grad():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for p, gradient in gradients:
+            p.grad = gradient
+        for module, training in modes:
+            module.training = training
+
+
+class Recorder:
+    """Measures every Linear and Conv2d of a model on a fixed probe batch, without touching the training.
+
+    handle   what fa.attach returned; its exact() gives backprop's gradient at the same weights and batch
+    images   (N, C, H, W) float32, as the model reads them; the paper's kind of study uses a few hundred
+    labels   (N,) int64
+
+    measure() returns, for each layer by name,
+        error, gradient, update, activation   {effective_rank, participation_ratio, stable_rank, ceiling} of
+              error       δ at the layer's output, (N, out·H·W): at most N
+              gradient    (out, in·kh·kw)
+              update      W after minus W before the last optimiser step, (out, in·kh·kw), if it was watched
+              activation  the layer's input x, of which the gradient δ xᵀ is made, (N, in·H·W): at most N
+        spectrum          σ/σ₁ of the error, at SPECTRUM ranks from 1 to N
+        cosine            mean |cos| between different images' activations
+        angle_weight      ∠(W, B) in degrees, where the layer has a feedback of W's shape
+        angle_gradient    ∠(the rule's gradient, backprop's gradient) in degrees
+    A value is None where a tensor holds infinite or NaN values, or an angle has a zero side. The pass is in training mode, as
+    batch normalisation is when it learns.
+    """
+
+    SPECTRUM = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320, 512)
+
+    def __init__(self, model: nn.Module, handle, images: Tensor, labels: Tensor):
+        self.model, self.handle, self.images, self.labels = model, handle, images, labels
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        self._updates: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def watch_update(self) -> Iterator[None]:
+        """Put this around optimiser.step(): the next measure() then knows the update that was really applied."""
+        before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        yield
+        self._updates = {name: layer.weight.detach() - before[name] for name, layer in self.layers.items()}
+
+    def measure(self) -> dict[str, dict]:
+        with undisturbed(self.model):
+            self.model.train()
+            inputs, errors, gradients = self._backward()
+            with self.handle.exact():
+                exact = self._backward()[2]
+        record = {}
+        for name, layer in self.layers.items():
+            spectrum = self._sigma(errors[name])
+            chosen = [] if spectrum is None else [rank for rank in self.SPECTRUM if rank <= len(spectrum)]
+            line = {"error": self._measured(errors[name], spectrum),
+                    "gradient": self._measured(gradients[name]),
+                    "activation": self._measured(inputs[name]),
+                    "spectrum": [(spectrum[rank - 1] / spectrum[0]).item() if spectrum[0] > 0 else 0.0 for rank in chosen],
+                    "cosine": mean_cosine(inputs[name].flatten(1)),
+                    "angle_gradient": angle(gradients[name], exact[name])}
+            if name in self._updates:
+                line["update"] = self._measured(self._updates[name])
+            feedback = getattr(layer, "feedback", None)
+            if feedback is not None and feedback.shape == layer.weight.shape:
+                line["angle_weight"] = angle(layer.weight, feedback)
+            record[name] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        return record
+
+    @staticmethod
+    def _sigma(tensor: Tensor) -> Tensor | None:
+        return singular_values(tensor.flatten(1)) if tensor.isfinite().all() else None
+
+    def _measured(self, tensor: Tensor, sigma: Tensor | None = None) -> dict[str, float] | None:
+        """None where the tensor overflowed, as the error of plain feedback alignment may."""
+        sigma = self._sigma(tensor) if sigma is None else sigma
+        return None if sigma is None else {**measures(sigma), "ceiling": len(sigma)}
+
+    def _backward(self) -> tuple[dict, dict, dict]:
+        """Each layer's input, the error at its output, and its weight gradient, by the rule in force."""
+        inputs, outputs = {}, {}
+        hooks = [layer.register_forward_hook(lambda layer, args, y, name=name: inputs.update({name: args[0].detach()})
+                                             or outputs.update({name: y}))
+                 for name, layer in self.layers.items()]
+        try:
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        weights = [layer.weight for layer in self.layers.values()]
+        both = torch.autograd.grad(loss, [*(outputs[name] for name in self.layers), *weights])
+        return inputs, dict(zip(self.layers, both)), dict(zip(self.layers, both[len(weights):]))
+
+
+class Trajectory:
+    """Gradients of successive steps as rows of a matrix, a layer each and all together: do they explore many directions?
+
+    A row per gradient would take steps × weights numbers. A count sketch keeps `size` of them: weight i is added, with a
+    fixed random sign, to place i mod size. Inner products of rows, and so singular values, are kept on average with an
+    error of about 1/√size (Charikar et al. 2002); layers of at most `size` weights are kept exactly. Call add() every k-th
+    step, with k so large that there are a few hundred rows.
+    """
+
+    def __init__(self, model: nn.Module, size: int = 8192, seed: int = 0):
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        self.size = size
+        generator = torch.Generator().manual_seed(seed)
+        self.signs = {name: (2 * torch.randint(2, (m.weight.numel(),), generator=generator) - 1).to(m.weight)
+                      for name, m in self.layers.items()}
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in (*self.layers, "all layers")}
+
+    def sketch(self, name: str, gradient: Tensor, exact: bool) -> Tensor:
+        flat = gradient.detach().flatten().float()
+        if exact and flat.numel() <= self.size:
+            return flat
+        signed = F.pad(flat * self.signs[name], (0, -flat.numel() % self.size))
+        return signed.view(-1, self.size).sum(0)                # (size,)
+
+    def add(self) -> None:
+        """Remember the weight gradients as they are now: after backward(), before the optimiser's step."""
+        total = 0
+        for name, layer in self.layers.items():
+            self.rows[name].append(self.sketch(name, layer.weight.grad, exact=True).clone())
+            total = total + self.sketch(name, layer.weight.grad, exact=False)
+        self.rows["all layers"].append(total)
+
+    def ranks(self, window: int = 50) -> dict[str, dict[str, float]]:
+        """Effective rank of each layer's rows so far, and of the last `window` of them. At most their number."""
+        stacks = {name: torch.stack(rows) for name, rows in self.rows.items() if rows}
+        return {name: {"rows": len(rows), "effective_rank": effective_rank(rows), "window": effective_rank(rows[-window:])}
+                if rows.isfinite().all() else None for name, rows in stacks.items()}
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------
+
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")     # Okabe & Ito 2008, colour-blind safe
+
+
+def read(run: Path) -> tuple[str, list[dict]]:
+    """A run's name and its records. Raises ValueError where the folder holds none."""
+    try:
+        args = json.loads((run / "config.json").read_text())["args"]
+        records = [json.loads(line) for line in (run / "rank.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{run} has no record of ranks ({e}); make one with train.py --rank") from e
+    return " + ".join([args["rule"], *["muon"] * args["muon"], args["norm"] or "no norm"]), records
+
+
+def draw(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
+    """Six panels, the same colour for a run in all: rank by depth and over epochs, spectrum, trajectory, alignment."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+    figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    (by_depth, spectrum, over_epochs), (gradients, trajectory, alignment) = panels
+    for (label, records), colour in zip(runs, COLOURS):
+        style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.8}
+        last = records[-1]["layers"]
+        names, depth = list(last), range(1, len(last) + 1)
+        hidden = names[1:-1] or names
+        epochs = [record["epoch"] for record in records]
+
+        def ranks(layers: dict, names: list[str], kind: str) -> list[float]:
+            return [layers[n][kind]["effective_rank"] if layers[n][kind] else math.nan for n in names]
+
+        by_depth.plot(depth, ranks(last, names, "error"), label=label, **style)
+        gradients.plot(depth, ranks(last, names, "gradient"), **style)
+        if last[hidden[-1]]["spectrum"]:
+            sigma = last[hidden[-1]]["spectrum"]
+            spectrum.plot(Recorder.SPECTRUM[:len(sigma)], sigma, **style)
+        over_epochs.plot(epochs, [ranks(record["layers"], hidden[-1:], "gradient")[0] for record in records], **style)
+        rows = [(r["epoch"], r["trajectory"]["all layers"]) for r in records if r["trajectory"].get("all layers")]
+        trajectory.plot([epoch for epoch, _ in rows], [t["effective_rank"] for _, t in rows], **style)
+        angles = [[r["layers"][n]["angle_gradient"] for n in hidden] for r in records]
+        alignment.plot(epochs, [sum(a) / len(a) if None not in a else math.nan for a in angles], **style)
+    by_depth.plot(depth, [last[n]["error"]["ceiling"] for n in names], ":", color="#888888")
+    gradients.plot(depth, [last[n]["gradient"]["ceiling"] for n in names], ":", color="#888888", label="largest possible")
+    trajectory.plot([e for e, _ in rows], [t["rows"] for _, t in rows], ":", color="#888888")
+    alignment.axhline(90, linestyle=":", color="#888888")       # unrelated directions
+    by_depth.set(title="error δ, after training", xlabel="layer, from stem to classifier", ylabel="effective rank")
+    gradients.set(title="weight gradient, after training", xlabel="layer, from stem to classifier", ylabel="effective rank")
+    over_epochs.set(title=f"weight gradient of {hidden[-1]}", xlabel="epoch", ylabel="effective rank")
+    trajectory.set(title="gradient trajectory, whole network", xlabel="epoch", ylabel="effective rank so far")
+    spectrum.set(title=f"error δ of {hidden[-1]}", xlabel="i", ylabel="singular value σ_i / σ_1", xscale="log", yscale="log")
+    alignment.set(title="angle to backprop's gradient", xlabel="epoch", ylabel="degrees, mean of hidden layers", ylim=(-4, None))
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (by_depth, gradients, over_epochs, trajectory):
+        axes.set_ylim(0, None)
+    for axes in (by_depth, gradients, over_epochs, trajectory, alignment):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    gradients.legend(frameon=False)
+    figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), frameon=False, fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---- a demonstration -------------------------------------------------------------------------------------------
 
 def demonstrate() -> None:
     """Matrices whose rank is known, and what the measures say."""
@@ -99,5 +338,24 @@ def demonstrate() -> None:
         print(f"{name:28}{exact:6}{effective_rank(M):11.1f}{participation_ratio(M):15.1f}{stable_rank(M):8.1f}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="rank.py", description="Draw the recorded ranks of runs; without a run, a demonstration.")
+    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run made with train.py --rank")
+    p.add_argument("--out", type=Path, default=Path("rank.png"), help="the picture (default: rank.png)")
+    args = p.parse_args(argv)
+    if not args.runs:
+        demonstrate()
+        return 0
+    try:
+        if len(args.runs) > len(COLOURS):
+            raise ValueError(f"{len(args.runs)} runs are more than can be told apart; choose at most {len(COLOURS)}")
+        draw(args.out, [read(run) for run in args.runs])
+    except (ValueError, OSError) as e:
+        print(f"rank.py: {e}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
 if __name__ == "__main__":
-    demonstrate()
+    sys.exit(main())

@@ -32,7 +32,8 @@ import train
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-MACHINE = ("out", "data", "device", "device_reason", "amp_reason")            # arguments that are not part of the experiment
+# Arguments that do not move a run's numbers: where it runs, and whether its ranks are recorded.
+NEUTRAL = ("out", "data", "device", "device_reason", "amp_reason", "rank")
 
 
 class Experiment(NamedTuple):
@@ -81,7 +82,7 @@ def jobs(experiment: Experiment, seeds: int, changes: list[str]) -> list[Job]:
 
 
 def key(args: dict, version: int) -> str:
-    return json.dumps({**{k: v for k, v in args.items() if k not in MACHINE}, "version": version}, sort_keys=True)
+    return json.dumps({**{k: v for k, v in args.items() if k not in NEUTRAL}, "version": version}, sort_keys=True)
 
 
 def read(name: str) -> dict[str, dict]:

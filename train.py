@@ -17,6 +17,7 @@ Exit status: 0 done, 2 wrong input (one line says what), 3 the loss became infin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -34,6 +35,7 @@ import fa
 import models
 import muon
 import norm
+import rank
 import runs
 
 VERSION = 1                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in
@@ -98,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
                    help="of both optimisers (default: 0.0005, usual for CIFAR)")
     g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
                    help="of weights, feedback, order and augmentation (default: 0)")
+    g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
+                   help="record ranks and alignments after every so many epochs, into rank.jsonl (default: never; --rank "
+                        "alone: every epoch)")
     g = p.add_argument_group("data and machine")
     g.add_argument("--subset", type=number(int, 1), metavar="N",
                    help="train on the first N images only; the test set stays whole (default: all)")
@@ -184,6 +189,11 @@ class Trainer:
         self.step = 0
         self.steps_per_epoch = data.steps(len(self.train_images), args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
+        self.recorder = self.trajectory = None
+        if args.rank:
+            self.recorder = rank.Recorder(self.model, self.handle, self.normalise(self.train_images[:512]),
+                                          self.train_labels[:512])
+            self.trajectory = rank.Trajectory(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images -> logits."""
@@ -200,8 +210,12 @@ class Trainer:
         self.model.zero_grad()
         loss.backward()                                                         # fa.py's hooks run in here
         self.handle.before_step()
-        for optimiser, _ in self.optimisers:
-            optimiser.step()
+        if self.trajectory and self.step % max(1, self.total_steps // 256) == 0:    # some 256 rows in all
+            self.trajectory.add()
+        last = (self.step + 1) % self.steps_per_epoch == 0
+        with self.recorder.watch_update() if self.recorder and last else contextlib.nullcontext():
+            for optimiser, _ in self.optimisers:
+                optimiser.step()
         self.step += 1
         return loss.detach(), (logits.argmax(1) == labels).sum()
 
@@ -229,6 +243,13 @@ class Trainer:
         right = sum((self.forward(images).argmax(1) == labels).sum()
                     for images, labels in zip(self.test_images.split(1000), self.test_labels.split(1000)))
         return right.item() / len(self.test_labels)
+
+    def record(self) -> dict:
+        """A line of rank.jsonl."""
+        start = time.perf_counter()
+        layers, trajectory = self.recorder.measure(), self.trajectory.ranks()
+        return {"step": self.step, "layers": layers, "trajectory": trajectory,
+                "seconds": round(time.perf_counter() - start, 3)}
 
     def state(self) -> dict:
         """Everything that the next epoch depends on."""
@@ -267,6 +288,7 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     runs.write_json(folder / "config.json", {"args": settings, "version": VERSION, "device": device, **runs.provenance()})
     log: list[dict] = []
+    ranks = [{"epoch": 0, **trainer.record()}] if args.rank else []
     began = time.perf_counter()
     for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
@@ -277,6 +299,9 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
         runs.write_log(folder / "log.jsonl", log)
         if line["diverged"]:
             break
+        if args.rank and (epoch % args.rank == 0 or epoch == args.epochs):
+            ranks.append({"epoch": epoch, **trainer.record()})
+            runs.write_log(folder / "rank.jsonl", ranks)
         state = {"epoch": epoch, "args": settings, **trainer.state()}
         runs.write(folder / "checkpoint.pt", partial(torch.save, state))
         left = (time.perf_counter() - began) / epoch * (args.epochs - epoch)

@@ -99,6 +99,18 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(model, tmp_path)
     assert not torch.equal(first["model"]["classifier.feedback"], third["model"]["classifier.feedback"])
 
 
+@pytest.mark.parametrize("args", [[], ["--muon", "--norm"], ["--rule", "bp"]], ids=str)
+def test_recording_ranks_changes_no_bit_of_the_training(args, tmp_path):
+    plain, first = run(*args, "--device", "cpu", out=tmp_path / "plain")
+    recorded, second = run(*args, "--device", "cpu", "--rank", out=tmp_path / "recorded")
+    assert without_time(plain) == without_time(recorded)
+    assert all(torch.equal(x, y) for x, y in zip(tensors(first), tensors(second)))
+    lines = [json.loads(line) for line in (tmp_path / "recorded" / "rank.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2] and not (tmp_path / "plain" / "rank.jsonl").exists()
+    assert lines[2]["trajectory"]["all layers"]["rows"] == 8 and lines[2]["layers"]["layers.2"]["update"]["ceiling"] == 16
+    assert "update" not in lines[0]["layers"]["layers.2"]
+
+
 @pytest.mark.parametrize("args", [[], ["--rule", "bp"], ["--norm", "layer"], ["--norm", "rms", "--muon"], ["--amp"]], ids=str)
 def test_every_kind_of_run(args, tmp_path):
     log, checkpoint = run(*args, "--device", "cpu", out=tmp_path / "run")
@@ -120,7 +132,13 @@ def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
     args = train.parse([*SMALL, "--norm", "--device", "cpu"])
     trainer = train.Trainer(args, data.gratings())
     trainer.model.load_state_dict(checkpoint["model"])
+    trainer.model.train()
     assert trainer.test() == log[-1]["test_accuracy"]
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, checkpoint["model"][name])    # a test in training mode would move the statistics
+    images, labels = trainer.test_images, trainer.test_labels
+    predicted = trainer.model.eval()(trainer.normalise(images)).argmax(1)
+    assert (predicted == labels).float().mean().item() == pytest.approx(log[-1]["test_accuracy"])
 
 
 def test_the_learning_rates_follow_the_cosine(tmp_path):
@@ -181,6 +199,7 @@ WRONG = {
     "--muon --muon-lr -1": "not a finite number above 0",
     "--muon-lr 0.1": "no effect without --muon",
     "--weight-decay -1": "at least 0",
+    "--rank 0": "not an integer of at least 1",
     "--seed -1": "at least 0",
     "--seed 99999999999999999999": "at most",
     "--device tpu": "choose cpu, cuda or cuda:N",
