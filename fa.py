@@ -103,8 +103,11 @@ class Rule:
     def prepare(self, layer: Layer) -> None:
         """Called once for each hidden layer: make what the rule needs, as buffers, so that it is saved and moved."""
 
-    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
-        """δ at the layer's output -> δ at its input, of input_shape. Called in every backward pass, without autograd."""
+    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor | None:
+        """δ at the layer's output -> δ at its input, of input_shape; or None, and nothing below this layer learns.
+
+        Called in every backward pass, without autograd.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no backward(layer, error, input_shape)")
 
     def before_step(self) -> None:
@@ -142,7 +145,18 @@ class FA(Rule):
         return project(layer, layer.feedback, error, input_shape)
 
 
-RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA}
+class Frozen(Rule):
+    """No error: hidden layers stay as they were drawn, and the classifier learns on random features.
+
+    The floor under every claim: a rule whose accuracy is not above it has taught the hidden layers nothing useful. Hidden
+    parameters get no gradient at all (None, not zero), so weight decay and momentum leave them alone too.
+    """
+
+    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> None:
+        return None
+
+
+RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "frozen": Frozen}
 
 
 # ---- the hooks -------------------------------------------------------------------------------------------------
@@ -242,10 +256,13 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
         ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.set_materialize_grads(False)                # no error stays no error, instead of zeros
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, error: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, error: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if error is None:
+            return None, None
         return error.new_full((), float("nan"), dtype=ctx.dtype).expand(ctx.shape), error
 
 
@@ -260,6 +277,8 @@ def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple
     if placeholder is None:                             # nothing below this layer learns
         return None
     error = layer.rule.backward(layer, grad_output[0], placeholder.shape)
+    if error is None:
+        return (None,)
     if error.shape != placeholder.shape:
         raise RuntimeError(f"{type(layer.rule).__name__}.backward returned an error of shape {tuple(error.shape)} for "
                            f"{layer}, whose input has shape {tuple(placeholder.shape)}")

@@ -30,7 +30,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -210,7 +210,8 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
         weights = [layer.weight for layer in self.layers.values()]
-        both = torch.autograd.grad(loss, [*(outputs[name] for name in self.layers), *weights])
+        both = torch.autograd.grad(loss, [*(outputs[name] for name in self.layers), *weights], allow_unused=True,
+                                   materialize_grads=True)                  # a rule may send no error: zeros
         return inputs, dict(zip(self.layers, both)), dict(zip(self.layers, both[len(weights):]))
 
 
@@ -242,8 +243,9 @@ class Trajectory:
         """Remember the weight gradients as they are now: after backward(), before the optimiser's step."""
         total = 0
         for name, layer in self.layers.items():
-            self.rows[name].append(self.sketch(name, layer.weight.grad, exact=True).clone())
-            total = total + self.sketch(name, layer.weight.grad, exact=False)
+            gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
+            self.rows[name].append(self.sketch(name, gradient, exact=True).clone())
+            total = total + self.sketch(name, gradient, exact=False)
         self.rows["all layers"].append(total)
 
     def ranks(self, window: int = 50) -> dict[str, dict[str, float]]:
@@ -268,7 +270,7 @@ def read(run: Path) -> tuple[str, list[dict]]:
     return " + ".join([args["rule"], *["muon"] * args["muon"], args["norm"] or "no norm"]), records
 
 
-def draw(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
+def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] = COLOURS) -> None:
     """Six panels, the same colour for a run in all: rank by depth and over epochs, spectrum, trajectory, alignment."""
     import matplotlib
     matplotlib.use("Agg")
@@ -276,7 +278,7 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     from matplotlib.ticker import MaxNLocator
     figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     (by_depth, spectrum, over_epochs), (gradients, trajectory, alignment) = panels
-    for (label, records), colour in zip(runs, COLOURS):
+    for (label, records), colour in zip(runs, colours):
         style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.8}
         last = records[-1]["layers"]
         names, depth = list(last), range(1, len(last) + 1)
@@ -314,7 +316,7 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     gradients.legend(frameon=False)
     figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), frameon=False, fontsize=11)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format=path.suffix[1:] if path.suffix in (".pdf", ".svg") else "png")
     plt.close(figure)
 
 

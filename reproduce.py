@@ -2,6 +2,7 @@
 
     python reproduce.py quick                        # gratings: feedback alignment fails, and is repaired
     python reproduce.py cifar10 --seeds 2 --jobs 2   # ResNet-18 at a small scale on real images
+    python reproduce.py rank --jobs 2                # the rank of errors, gradients, updates and activations
     python reproduce.py cifar10 --set epochs=1 subset=1000
     python reproduce.py --check                      # does the README still say what results/ says?
 
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import rank
 import runs
 import train
 
@@ -40,8 +42,9 @@ class Experiment(NamedTuple):
     claim: str                  # what the paper says, and what this tests
     common: str                 # arguments of all runs
     cells: dict[str, str]       # label -> arguments of its own
-    paper: dict[str, float]     # label -> the paper's test accuracy in %, where it gives one
+    paper: dict[str, float] = {}        # label -> the paper's test accuracy in %, where it gives one
     seeds: int = 1              # seeds 0, 1, ... by default
+    ranks: bool = False         # recorded with --rank: more columns, and a picture of its own
 
 
 REPAIRS = {"backprop": "--rule bp", "FA": "--rule fa", "FA + Muon": "--rule fa --muon", "FA + norm": "--rule fa --norm",
@@ -51,12 +54,17 @@ PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46
 EXPERIMENTS = {
     "quick": Experiment(
         "Feedback alignment fails on the 4-layer CNN; Muon and activity normalisation repair it. Gratings, 12 epochs.",
-        "--dataset gratings", {k: REPAIRS[k] for k in ("backprop", "FA", "FA + Muon + norm")}, {}),
+        "--dataset gratings", {k: REPAIRS[k] for k in ("backprop", "FA", "FA + Muon + norm")}),
     "cifar10": Experiment(
         "On a deep network each fix lifts feedback alignment, and both together the most. ResNet-18 of width 16, the first "
         "10,000 training images of CIFAR-10, 10 epochs, the whole test set.",
         "--dataset cifar10 --model resnet18 --width 16 --subset 10000 --epochs 10",
-        {"backprop + norm": "--rule bp --norm", **{k: v for k, v in REPAIRS.items() if k != "backprop"}}, {}, seeds=2),
+        {"backprop + norm": "--rule bp --norm", **{k: v for k, v in REPAIRS.items() if k != "backprop"}}, seeds=2),
+    "rank": Experiment(
+        "The signal of feedback alignment has a lower rank than backprop's; Muon and normalisation raise it. The 4-layer CNN, "
+        "the first 10,000 training images of CIFAR-10, 12 epochs, Nesterov SGD of learning rate 0.02 without normalisation.",
+        "--dataset cifar10 --subset 10000 --epochs 12 --weight-decay 0 --rank",
+        {"backprop + norm": "--rule bp --norm", **REPAIRS}, ranks=True),
     "cifar100": Experiment(
         "The paper's headline table: ResNet-18 on all of CIFAR-100, 100 epochs.",
         "--dataset cifar100 --model resnet18", {"backprop + norm": "--rule bp --norm", **REPAIRS}, PAPER),
@@ -111,11 +119,13 @@ def run(name: str, job: Job, data: str, device: str, threads: int, running: dict
         raise runs.RunError(f"{' '.join(job.argv)} ended with status {process.returncode}: {error.strip()[-2000:]}")
     config = json.loads((folder / "run" / "config.json").read_text())
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    ranks = folder / "run" / "rank.jsonl"
+    recorded = {"rank": [json.loads(line) for line in ranks.read_text().splitlines()]} if ranks.exists() else {}
     return {"experiment": name, "label": job.label, "seed": config["args"]["seed"],
             "final_test_accuracy": log[-1]["test_accuracy"], "diverged": log[-1]["diverged"],
             "seconds": round(sum(line["seconds"] for line in log), 1), "device": config["device"],
             "commit": config["commit"], "version": config["version"], "versions": config["versions"],
-            "args": config["args"], "epochs": log}
+            "args": config["args"], "epochs": log, **recorded}
 
 
 def run_missing(name: str, missing: list[Job], done: dict[str, dict], args: argparse.Namespace) -> None:
@@ -177,12 +187,29 @@ def table(experiment: Experiment, lines: list[dict]) -> str:
         if paper is not None and accuracies:
             difference = f"{statistics.mean(accuracies) - paper:+.1f}"
         row = [label, text if cell else "not measured", str(len(cell)), *[paper or "–", difference] * bool(experiment.paper)]
+        row += final_ranks(cell) if experiment.ranks else []
         rows.append("| " + " | ".join(map(str, row)) + " |")
     head = ["", "test accuracy (%)", "n", *["the paper", "difference"] * bool(experiment.paper)]
+    head += ["error δ", "gradient", "update", "trajectory"] * experiment.ranks
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
 
 
-COLOURS = {"backprop": "#000000", "backprop + norm": "#000000", "FA": "#D55E00", "FA + Muon": "#E69F00",
+def final_ranks(cell: list[dict]) -> list[str]:
+    """Effective ranks after the last epoch: of each hidden layer and the stem, in order; of the whole network's trajectory."""
+    def mean(values: list[float | None]) -> str:
+        known = [v for v in values if v is not None]
+        return f"{statistics.mean(known):.0f}" if known else "–"
+
+    finals = [line["rank"][-1] for line in cell]
+    texts = []
+    for kind in ("error", "gradient", "update"):
+        layers = [[(layer.get(kind) or {}).get("effective_rank") for layer in list(final["layers"].values())[:-1]]
+                  for final in finals]
+        texts.append(", ".join(mean(list(values)) for values in zip(*layers)) or "–")
+    return [*texts, mean([(final["trajectory"]["all layers"] or {}).get("effective_rank") for final in finals])]
+
+
+COLOURS = {"backprop": "#888888", "backprop + norm": "#000000", "FA": "#D55E00", "FA + Muon": "#E69F00",
            "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2"}          # Okabe & Ito 2008: safe for the colour-blind
 
 
@@ -284,7 +311,11 @@ def main(argv: list[str] | None = None) -> int:
         run_missing(args.name, missing, done, args)
         picture = RESULTS / ("-".join([args.name, *args.changes]) + ".png")
         lines = [done[job.key] for job in listed]
-        draw(picture, experiment, lines)
+        if experiment.ranks:
+            first = [(line["label"], line["rank"]) for line in lines if line["seed"] == 0]
+            runs.write(picture, lambda partial: rank.draw(partial, first, [COLOURS[label] for label, _ in first]))
+        else:
+            draw(picture, experiment, lines)
         print("\n" + table(experiment, lines) + f"\n\n{picture}")
         if README.exists() and not args.changes:
             text = written(README.read_text())

@@ -372,6 +372,17 @@ def test_bp_changes_nothing():
     handle.remove()
 
 
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_frozen_trains_the_classifier_alone(norm):
+    model, x, labels = resnet(norm=norm, dtype=torch.float32)
+    plain = copy.deepcopy(model)
+    fa.attach(model, fa.Frozen())
+    F.cross_entropy(model(x), labels).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["classifier.weight", "classifier.bias"]
+    expected = gradients(plain, x, labels)
+    assert torch.equal(model.classifier.weight.grad, expected["classifier.weight"])
+
+
 def test_nested_shared_and_in_place():
     """A layer used twice sends two errors; an in-place activation after a hooked layer is set right, and back."""
     torch.manual_seed(0)

@@ -57,6 +57,23 @@ def test_end_to_end_with_real_runs(tiny, capsys):
     assert "2 of 2 runs are in results/tiny.jsonl already" in capsys.readouterr().out
 
 
+def test_recorded_ranks_become_columns_and_a_picture(tiny, monkeypatch, capsys):
+    experiment = reproduce.Experiment("a claim", TINY + " --rank", {"FA": "--rule fa"}, ranks=True)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
+    assert reproduce.main(["tiny", "--device", "cpu"]) == 0
+    (line,) = [json.loads(line) for line in (tiny / "results" / "tiny.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in line["rank"]] == [0, 1]
+    last = line["rank"][-1]["layers"]
+    wanted = ", ".join(f"{last[f'layers.{i}']['gradient']['effective_rank']:.0f}" for i in range(4))
+    assert f" | {wanted} | " in (tiny / "README.md").read_text() and "| error δ | gradient | update | trajectory |" in \
+        capsys.readouterr().out
+    assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+    last["layers.1"]["gradient"] = None                         # an overflow
+    line["rank"][-1]["trajectory"]["all layers"] = None
+    ranks = reproduce.final_ranks([line])
+    assert ranks[1].split(", ")[1] == "–" and ranks[3] == "–"
+
+
 def test_only_what_is_missing_is_run(tiny, monkeypatch):
     calls = counted(monkeypatch, fail_at=2)
     assert reproduce.main(["tiny"]) == 130                      # interrupted in the second run: the first is kept

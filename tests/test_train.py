@@ -118,6 +118,14 @@ def test_every_kind_of_run(args, tmp_path):
     assert ("classifier.feedback" in checkpoint["model"]) == ("bp" not in args)
 
 
+@pytest.mark.parametrize("args", [["--muon", "--norm"], []], ids=str)
+def test_frozen_leaves_hidden_parameters_unchanged(args, tmp_path):
+    _, checkpoint = run("--rule", "frozen", *args, "--rank", "--device", "cpu", out=tmp_path / "run")
+    fresh = train.Trainer(train.parse([*SMALL, *args, "--rule", "frozen", "--device", "cpu"]), data.gratings()).model
+    for name, p in fresh.named_parameters():                    # weight decay leaves them alone too
+        assert torch.equal(p, checkpoint["model"][name]) == (not name.startswith("classifier"))
+
+
 def test_repaired_feedback_alignment_learns(tmp_path, monkeypatch):
     easy = REAL_GRATINGS(1000, 500, noise=5)
     monkeypatch.setattr(data, "gratings", lambda: easy)
