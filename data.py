@@ -64,6 +64,17 @@ def load(name: str, root: str | os.PathLike = "data") -> Dataset:
         raise DataError(f"cannot use {cache}: {e.strerror or e}; choose another folder for the data") from e
 
 
+def hold_out(dataset: Dataset, count: int) -> Dataset:
+    """The same data with the last `count` training images as the test set: for choosing hyperparameters without peeking.
+
+    Raises DataError if no training image would be left.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    if count >= len(images):
+        raise DataError(f"cannot hold out {count} of {len(images)} training images: none would be left")
+    return Dataset(images[:-count], labels[:-count], images[-count:], labels[-count:], dataset.classes)
+
+
 # ---- CIFAR -----------------------------------------------------------------------------------------------------
 
 def _download(name: str, cache: Path) -> None:

@@ -192,8 +192,7 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: list[nn.Module]):
-        self.rule, self.layers = rule, layers
-        self._hooks = [s.register_forward_pre_hook(_stem_is_first) for s in stem]
+        self.rule, self.layers, self._stem = rule, layers, stem
         # An in-place activation would overwrite a hooked layer's output, which torch forbids.
         self._in_place = [m for m in model.modules() if layers and getattr(m, "inplace", False) is True]
         for module in self._in_place:
@@ -228,19 +227,17 @@ class Attachment:
             del layer.rule
         for module in self._in_place:
             module.inplace = True
-        for hook in self._hooks:
-            hook.remove()
-        self.layers, self._made, self._in_place, self._hooks = {}, {}, [], []
+        self.layers, self._stem, self._made, self._in_place, self._hooks = {}, [], {}, [], []
 
     def _connect(self) -> None:
         # prepend: the user's own hooks then see the rule's error, not the placeholder
-        self._backward_hooks = [layer.register_full_backward_hook(_replace_error, prepend=True)
-                                for layer in self.layers.values()]
+        self._hooks = [layer.register_full_backward_hook(_replace_error, prepend=True) for layer in self.layers.values()]
+        self._hooks += [layer.register_forward_pre_hook(_stem_is_first) for layer in self._stem]
         for layer in self.layers.values():
             layer.forward = types.MethodType(_cut_forward, layer)    # a method, not a closure: deepcopy rebinds it
 
     def _disconnect(self) -> None:
-        for hook in self._backward_hooks:
+        for hook in self._hooks:
             hook.remove()
         for layer in self.layers.values():
             del layer.forward                                        # the class's own forward again

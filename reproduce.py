@@ -45,10 +45,12 @@ class Experiment(NamedTuple):
     paper: dict[str, float] = {}        # label -> the paper's test accuracy in %, where it gives one
     seeds: int = 1              # seeds 0, 1, ... by default
     ranks: bool = False         # recorded with --rank: more columns, and a picture of its own
+    rates: tuple[float, ...] = ()       # each cell once with each learning rate: Muon's where it has Muon, else SGD's
 
 
 REPAIRS = {"backprop": "--rule bp", "FA": "--rule fa", "FA + Muon": "--rule fa --muon", "FA + norm": "--rule fa --norm",
            "FA + Muon + norm": "--rule fa --muon --norm"}
+ALL = {**{k.replace("FA", "backprop"): v.replace("fa", "bp") for k, v in REPAIRS.items() if k != "backprop"}, **REPAIRS}
 PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46.1}     # CIFAR-100, ResNet-18
 
 EXPERIMENTS = {
@@ -65,9 +67,14 @@ EXPERIMENTS = {
         "the first 10,000 training images of CIFAR-10, 12 epochs, Nesterov SGD of learning rate 0.02 without normalisation.",
         "--dataset cifar10 --subset 10000 --epochs 12 --weight-decay 0 --rank",
         {"backprop + norm": "--rule bp --norm", **REPAIRS}, ranks=True),
+    "tune": Experiment(
+        "No claim: the same learning rates for every cell of the CIFAR-100 table, at a small scale (ResNet-18 of width 16, 10,000 "
+        "training images, 5 epochs), measured on 10,000 other training images, never on the test set.",
+        "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 5 --validate 10000", ALL,
+        rates=(0.01, 0.03, 0.1)),
     "cifar100": Experiment(
         "The paper's headline table: ResNet-18 on all of CIFAR-100, 100 epochs.",
-        "--dataset cifar100 --model resnet18", {"backprop + norm": "--rule bp --norm", **REPAIRS}, PAPER),
+        "--dataset cifar100", {**ALL, "frozen features": "--rule frozen --norm"}, PAPER),
 }
 
 
@@ -84,13 +91,25 @@ def jobs(experiment: Experiment, seeds: int, changes: list[str]) -> list[Job]:
     listed = []
     for seed in range(seeds):
         for label, own in experiment.cells.items():
-            argv = [*shlex.split(f"{experiment.common} {own}"), *changes, "--seed", str(seed)]
-            listed.append(Job(label, argv, key(vars(train.parse(argv)), train.VERSION)))
+            for rate in experiment.rates or (None,):
+                chosen = f"{rate_flag(own)} {rate}" if rate else ""
+                argv = [*shlex.split(f"{experiment.common} {own} {chosen}"), *changes, "--seed", str(seed)]
+                listed.append(Job(label, argv, key(vars(train.parse(argv)), train.VERSION)))
     return listed
 
 
+def rate_flag(own: str) -> str:
+    """Which learning rate a grid changes in a cell with these arguments."""
+    return "--muon-lr" if "--muon" in own else "--lr"
+
+
+def rate_of(line: dict) -> float:
+    return line["args"]["muon_lr"] or line["args"]["lr"]
+
+
 def key(args: dict, version: int) -> str:
-    return json.dumps({**{k: v for k, v in args.items() if k not in NEUTRAL}, "version": version}, sort_keys=True)
+    chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None}       # a flag of later days is None here
+    return json.dumps({**chosen, "version": version}, sort_keys=True)
 
 
 def read(name: str) -> dict[str, dict]:
@@ -172,21 +191,41 @@ def percent(line: dict) -> str:
     return f"{100 * line['final_test_accuracy']:.1f} %"
 
 
+def accuracy(cell: list[dict]) -> str:
+    """Mean ± standard deviation in %, and how many runs diverged."""
+    if not cell:
+        return "not measured"
+    accuracies = [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
+    text = f"{statistics.mean(accuracies):.1f}" if accuracies else "–"
+    if len(accuracies) > 1:
+        text += f" ± {statistics.stdev(accuracies):.1f}"
+    if len(accuracies) < len(cell):
+        text += f" ({len(cell) - len(accuracies)} of {len(cell)} diverged)"
+    return text
+
+
+def grid(experiment: Experiment, lines: list[dict]) -> str:
+    """Markdown: a row a cell, a column a learning rate."""
+    head = ["learning rate of", *map(str, experiment.rates)]
+    rows = [[f"{label}: {rate_flag(own).strip('-')}",
+             *[accuracy([x for x in lines if x["label"] == label and rate_of(x) == rate]) for rate in experiment.rates]]
+            for label, own in experiment.cells.items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
 def table(experiment: Experiment, lines: list[dict]) -> str:
     """Markdown: mean ± standard deviation over seeds, n, and the paper's value beside it."""
+    if experiment.rates:
+        return grid(experiment, lines)
     rows = []
     for label in experiment.cells:
         cell = [line for line in lines if line["label"] == label]
+        text = accuracy(cell)
         accuracies = [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
-        text = f"{statistics.mean(accuracies):.1f}" if accuracies else "–"
-        if len(accuracies) > 1:
-            text += f" ± {statistics.stdev(accuracies):.1f}"
-        if len(accuracies) < len(cell):
-            text += f" ({len(cell) - len(accuracies)} of {len(cell)} diverged)"
         paper, difference = experiment.paper.get(label), ""
         if paper is not None and accuracies:
             difference = f"{statistics.mean(accuracies) - paper:+.1f}"
-        row = [label, text if cell else "not measured", str(len(cell)), *[paper or "–", difference] * bool(experiment.paper)]
+        row = [label, text, str(len(cell)), *[paper or "–", difference] * bool(experiment.paper)]
         row += final_ranks(cell) if experiment.ranks else []
         rows.append("| " + " | ".join(map(str, row)) + " |")
     head = ["", "test accuracy (%)", "n", *["the paper", "difference"] * bool(experiment.paper)]
@@ -209,7 +248,8 @@ def final_ranks(cell: list[dict]) -> list[str]:
     return [*texts, mean([(final["trajectory"]["all layers"] or {}).get("effective_rank") for final in finals])]
 
 
-COLOURS = {"backprop": "#888888", "backprop + norm": "#000000", "FA": "#D55E00", "FA + Muon": "#E69F00",
+COLOURS = {"backprop": "#888888", "backprop + norm": "#000000", "backprop + Muon": "#CC79A7",
+           "backprop + Muon + norm": "#009E73", "frozen features": "#999933", "FA": "#D55E00", "FA + Muon": "#E69F00",
            "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2"}          # Okabe & Ito 2008: safe for the colour-blind
 
 
@@ -244,6 +284,25 @@ def draw(path: Path, experiment: Experiment, lines: list[dict]) -> None:
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0.7, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
+    runs.write(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
+    plt.close(figure)
+
+
+def draw_grid(path: Path, experiment: Experiment, lines: list[dict]) -> None:
+    """Accuracy against learning rate, one colour a cell; a diverged run leaves a gap."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for label in experiment.cells:
+        cell = sorted((line for line in lines if line["label"] == label and not line["diverged"]), key=rate_of)
+        axes.plot([rate_of(line) for line in cell], [100 * line["final_test_accuracy"] for line in cell], "o-",
+                  color=COLOURS[label], label=label)
+    axes.set(xscale="log", xlabel="learning rate, of Muon where there is Muon", ylabel="held-out accuracy (%)", ylim=(0, None))
+    axes.set_xticks(experiment.rates, [str(rate) for rate in experiment.rates])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
     runs.write(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
     plt.close(figure)
 
@@ -314,6 +373,8 @@ def main(argv: list[str] | None = None) -> int:
         if experiment.ranks:
             first = [(line["label"], line["rank"]) for line in lines if line["seed"] == 0]
             runs.write(picture, lambda partial: rank.draw(partial, first, [COLOURS[label] for label, _ in first]))
+        elif experiment.rates:
+            draw_grid(picture, experiment, lines)
         else:
             draw(picture, experiment, lines)
         print("\n" + table(experiment, lines) + f"\n\n{picture}")

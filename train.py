@@ -106,6 +106,9 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("data and machine")
     g.add_argument("--subset", type=number(int, 1), metavar="N",
                    help="train on the first N images only; the test set stays whole (default: all)")
+    g.add_argument("--validate", type=number(int, 1), metavar="N",
+                   help="hold out the last N training images and measure on them instead of the test set, to choose "
+                        "hyperparameters (default: the test set)")
     g.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
     g.add_argument("--out", metavar="DIR", help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
     g.add_argument("--device", default="auto",
@@ -267,7 +270,7 @@ def header(args: argparse.Namespace, trainer: Trainer) -> str:
     """What runs where and why, and who updates what."""
     count = sum(p.numel() for p in trainer.model.parameters())
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
-    images = f"{len(trainer.train_images):,} + {len(trainer.test_images):,} images"
+    images = f"{len(trainer.train_images):,} + {len(trainer.test_images):,}{' held-out' if args.validate else ''} images"
     lines = [f"{title(args)} · {args.model}, {count:,} parameters · {args.dataset}, {images} · {where} ({args.device_reason}), "
              f"{'bf16 autocast' if args.amp else 'float32'} ({args.amp_reason})"]
     for optimiser, lr in trainer.optimisers:
@@ -287,6 +290,7 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
     settings = {key: str(value) if key == "device" else value for key, value in vars(args).items()}
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     runs.write_json(folder / "config.json", {"args": settings, "version": VERSION, "device": device, **runs.provenance()})
+    measured = "held-out" if args.validate else "test"
     log: list[dict] = []
     ranks = [{"epoch": 0, **trainer.record()}] if args.rank else []
     began = time.perf_counter()
@@ -306,13 +310,13 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
         runs.write(folder / "checkpoint.pt", partial(torch.save, state))
         left = (time.perf_counter() - began) / epoch * (args.epochs - epoch)
         print(f"epoch {epoch:3}/{args.epochs}  loss {line['train_loss']:7.4f}  train {line['train_accuracy']:6.1%}  "
-              f"test {line['test_accuracy']:6.1%}  {line['seconds']:6.1f} s  {span(left)} left", flush=True)
+              f"{measured} {line['test_accuracy']:6.1%}  {line['seconds']:6.1f} s  {span(left)} left", flush=True)
     runs.draw(folder / "curves.png", log, f"{title(args)} · {args.model} · {args.dataset} · seed {args.seed}")
     if log[-1]["diverged"]:
         print(f"diverged: the loss of step {log[-1]['step']} (epoch {log[-1]['epoch']}) is not finite; a lower --lr, --norm "
               f"or --muon may help · {folder}", flush=True)
         return DIVERGED
-    print(f"final test accuracy {log[-1]['test_accuracy']:.1%} (epoch {args.epochs}, the last) · "
+    print(f"final {measured} accuracy {log[-1]['test_accuracy']:.1%} (epoch {args.epochs}, the last) · "
           f"{span(time.perf_counter() - began)} · {folder}", flush=True)
     return 0
 
@@ -321,8 +325,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         dataset = data.load(args.dataset, args.data)
+        if args.validate:
+            dataset = data.hold_out(dataset, args.validate)
         if args.subset and args.subset > len(dataset.train_images):
-            raise data.DataError(f"--subset {args.subset}: {args.dataset} has {len(dataset.train_images)} training images")
+            raise data.DataError(f"--subset {args.subset}: {args.dataset} has {len(dataset.train_images)} training images"
+                                 + (" that are not held out" if args.validate else ""))
         if args.norm == "batch" and args.subset == 1:
             raise data.DataError("--subset 1: batch normalisation compares images with each other and needs two")
         trainer = Trainer(args, dataset)

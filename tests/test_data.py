@@ -188,6 +188,16 @@ def test_gratings_are_told_apart_by_orientation_and_nothing_simpler():
     assert by_class.std(0).max() < 5                                        # grey levels: no colour tells the class
 
 
+def test_held_out_images_are_training_images_that_are_not_trained_on():
+    whole = data.gratings(100, 20)
+    held = data.hold_out(whole, 30)
+    assert torch.equal(torch.cat([held.train_images, held.test_images]), whole.train_images)
+    assert torch.equal(torch.cat([held.train_labels, held.test_labels]), whole.train_labels)
+    assert len(held.test_labels) == 30
+    with pytest.raises(data.DataError, match="none would be left"):
+        data.hold_out(whole, 100)
+
+
 def test_normalise():
     images = data.gratings(300, 10).train_images
     x = data.Normalise(images)(images)

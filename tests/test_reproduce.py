@@ -99,6 +99,17 @@ def test_the_table(tiny, monkeypatch):
     assert "| backprop | not measured | 0 |" in reproduce.table(experiment, [lost])
 
 
+def test_a_grid_of_learning_rates(tiny, monkeypatch):
+    experiment = reproduce.Experiment("no claim", TINY, {"FA": "--rule fa", "FA + Muon": "--rule fa --muon"}, rates=(0.1, 0.2))
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
+    calls = counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0 and len(calls) == 4
+    assert [c.argv[-4:-2] for c in calls] == [["--lr", "0.1"], ["--lr", "0.2"], ["--muon-lr", "0.1"], ["--muon-lr", "0.2"]]
+    readme = (tiny / "README.md").read_text()
+    assert "| learning rate of | 0.1 | 0.2 |\n| --- | --- | --- |\n| FA: lr | 50.0 | 50.0 |\n| FA + Muon: muon-lr |" in readme
+    assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_check_goes_red_when_a_number_is_edited(tiny, monkeypatch):
     counted(monkeypatch)
     assert reproduce.main(["tiny"]) == 0 and reproduce.main(["--check"]) == 0

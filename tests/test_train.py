@@ -149,6 +149,16 @@ def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
     assert (predicted == labels).float().mean().item() == pytest.approx(log[-1]["test_accuracy"])
 
 
+def test_validation_never_sees_the_test_set(tmp_path, capsys, monkeypatch):
+    few = data.gratings()
+    spoilt = few._replace(test_images=few.test_images * 0, test_labels=few.test_labels * 0)
+    a, _ = run("--validate", "100", "--norm", "--device", "cpu", out=tmp_path / "a")
+    assert "128 + 100 held-out images" in (out := capsys.readouterr().out) and "final held-out accuracy" in out
+    monkeypatch.setattr(data, "gratings", lambda: spoilt)
+    b, _ = run("--validate", "100", "--norm", "--device", "cpu", out=tmp_path / "b")
+    assert without_time(a) == without_time(b)
+
+
 def test_the_learning_rates_follow_the_cosine(tmp_path):
     args = train.parse([*SMALL, "--muon", "--norm", "--device", "cpu"])
     trainer = train.Trainer(args, data.gratings())
@@ -199,6 +209,8 @@ WRONG = {
     "--subset 0": "not an integer of at least 1",
     "--batch-size -3": "not an integer of at least 1",
     "--subset 257": "gratings has 256 training images",
+    "--subset 200 --validate 100": "gratings has 156 training images that are not held out",
+    "--validate 256": "none would be left",
     "--subset 1 --norm": "needs two",
     "--batch-size 1 --norm": "--batch-size of at least 2",
     "--lr 0": "not a finite number above 0",
