@@ -223,7 +223,10 @@ class Trainer:
         return loss.detach(), (logits.argmax(1) == labels).sum()
 
     def epoch(self, label: str) -> dict:
-        """Train for one epoch; returns the log line without its test accuracy. A non-finite loss ends it early."""
+        """Train for one epoch; returns the log line without its test accuracy. A loss or weight not finite ends it early."""
+        def diverged(step: int) -> dict:
+            return {"diverged": True, "step": step, "train_loss": None, "train_accuracy": None}
+
         self.model.train()
         losses, right, seen = [], 0, 0
         batches = data.batches(self.train_images, self.train_labels, self.args.batch_size, self.generator, self.flip)
@@ -234,8 +237,9 @@ class Trainer:
             if len(losses) % 20 == 0 or len(losses) == self.steps_per_epoch:    # reading a loss makes a GPU wait
                 finite = torch.stack(losses).isfinite()
                 if not finite.all():
-                    first = self.step - len(losses) + int(finite.int().argmin()) + 1
-                    return {"diverged": True, "step": first, "train_loss": None, "train_accuracy": None}
+                    return diverged(self.step - len(losses) + int(finite.int().argmin()) + 1)
+        if not all(p.isfinite().all() for p in self.model.parameters()):        # the last update's, which no loss has seen yet
+            return diverged(self.step)
         return {"diverged": False, "step": self.step, "train_loss": torch.stack(losses).mean().item(),
                 "train_accuracy": right.item() / seen}
 
@@ -313,8 +317,8 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
               f"{measured} {line['test_accuracy']:6.1%}  {line['seconds']:6.1f} s  {span(left)} left", flush=True)
     runs.draw(folder / "curves.png", log, f"{title(args)} · {args.model} · {args.dataset} · seed {args.seed}")
     if log[-1]["diverged"]:
-        print(f"diverged: the loss of step {log[-1]['step']} (epoch {log[-1]['epoch']}) is not finite; a lower --lr, --norm "
-              f"or --muon may help · {folder}", flush=True)
+        print(f"diverged: at step {log[-1]['step']} (epoch {log[-1]['epoch']}) the loss or a weight is not finite; a lower --lr, "
+              f"--norm or --muon may help · {folder}", flush=True)
         return DIVERGED
     print(f"final {measured} accuracy {log[-1]['test_accuracy']:.1%} (epoch {args.epochs}, the last) · "
           f"{span(time.perf_counter() - began)} · {folder}", flush=True)

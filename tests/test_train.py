@@ -175,8 +175,23 @@ def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
     assert status == 3
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert line["diverged"] is True and line["test_accuracy"] is None and line["train_loss"] is None and line["step"] == 2
-    assert f"diverged: the loss of step {line['step']} (epoch 1) is not finite" in capsys.readouterr().out
+    assert f"diverged: at step {line['step']} (epoch 1) the loss or a weight is not finite" in capsys.readouterr().out
     assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_a_weight_that_overflows_in_the_last_step_is_divergence_too(tmp_path, monkeypatch):
+    real = train.Trainer.update
+
+    def update(self, images, labels):
+        result = real(self, images, labels)
+        if self.step == self.total_steps:
+            self.model.classifier.bias.data[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(train.Trainer, "update", update)
+    assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 3
+    last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    assert last["diverged"] and last["step"] == 8 and last["test_accuracy"] is None
 
 
 def test_default_folders_never_collide(tmp_path):
