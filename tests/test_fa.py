@@ -2,6 +2,7 @@
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fa
 import models
+from conftest import ROOT
 
 
 class Transport(fa.FA):
@@ -449,3 +451,11 @@ def test_the_ten_line_rule_of_the_docstring():
     (error,) = torch.autograd.grad(model[1](y).sum(), y)
     expected = torch.ones(5, 2) @ (model[1].weight.sign() * model[1].feedback.abs())
     assert torch.allclose(error, expected)
+
+
+def test_the_readmes_example_runs():
+    (code,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"model": models.cnn(width=4)}
+    exec(code, names)
+    gradients(names["model"], torch.randn(2, 3, 32, 32))
+    assert isinstance(names["model"].classifier.rule, names["Signs"]) and len(names["hidden"]) == 3
