@@ -4,7 +4,8 @@ All three are made of stock nn.Linear and nn.Conv2d, so that `fa.attach` finds t
 a model of its own. Every hidden layer is followed by a normalisation (norm.py) and a ReLU:
 
     mlp       flatten, 4 × [linear, norm, relu], linear
-    cnn       4 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w channels, strides 1, 2, 2, 2, flatten, linear
+    cnn       4 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w channels, strides 1, 2, 2, 2, flatten, linear;
+              with another depth, the layers are spread evenly over those four stages
     resnet18  3×3 convolution, norm, relu; 8 residual blocks of w, w, 2w, 2w, 4w, 4w, 8w, 8w channels, average, linear
               (He et al. 2016, with the 3×3 stem and without the max-pool, as is usual for 32×32 images)
 
@@ -50,7 +51,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int, norm: str | None,
 
 
 class MLP(nn.Module):
-    def __init__(self, classes: int, norm: str | None, width: int, inputs: int, depth: int = 4):
+    def __init__(self, classes: int, norm: str | None, width: int, inputs: int, depth: int):
         super().__init__()
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
         for _ in range(depth):
@@ -69,10 +70,12 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    def __init__(self, classes: int, norm: str | None, width: int, channels: int, size: int):
+    def __init__(self, classes: int, norm: str | None, width: int, channels: int, size: int, depth: int):
         super().__init__()
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
-        for outputs, stride in [(width, 1), (2 * width, 2), (4 * width, 2), (4 * width, 2)]:
+        stages = [4 * i // depth for i in range(depth)]                 # 0, 1, 2, 3 for four layers; 0, 2 for two
+        for stage, before in zip(stages, [0, *stages]):
+            outputs, stride = width * (1, 2, 4, 4)[stage], 2 ** (stage - before)
             self.layers.append(_conv(channels, outputs, 3, stride, norm))
             self.norms.append(normalisation.make(norm, outputs))
             channels, size = outputs, (size - 1) // stride + 1
@@ -122,14 +125,16 @@ class ResNet(nn.Module):
         return self.classifier(x.mean((2, 3)))                          # (N, classes)
 
 
-def mlp(classes: int = 10, norm: str | None = "batch", width: int = 512, channels: int = 3, size: int = 32) -> MLP:
-    """Four hidden layers of `width`; images of (channels, size, size). norm: a kind of norm.KINDS, or None."""
-    return MLP(classes, norm, width, channels * size * size)
+def mlp(classes: int = 10, norm: str | None = "batch", width: int = 512, channels: int = 3, size: int = 32,
+        depth: int = 4) -> MLP:
+    """`depth` hidden layers of `width`; images of (channels, size, size). norm: a kind of norm.KINDS, or None."""
+    return MLP(classes, norm, width, channels * size * size, depth)
 
 
-def cnn(classes: int = 10, norm: str | None = "batch", width: int = 32, channels: int = 3, size: int = 32) -> CNN:
-    """The 4-layer CNN; `width` channels in the first layer. norm: a kind of norm.KINDS, or None."""
-    return CNN(classes, norm, width, channels, size)
+def cnn(classes: int = 10, norm: str | None = "batch", width: int = 32, channels: int = 3, size: int = 32,
+        depth: int = 4) -> CNN:
+    """The CNN of `depth` convolutions; `width` channels in the first. norm: a kind of norm.KINDS, or None."""
+    return CNN(classes, norm, width, channels, size, depth)
 
 
 def resnet18(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,

@@ -87,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--width", type=number(int, 1),
                    help="channels of the first layer, units of the mlp (default: 64 resnet18, 32 cnn, 512 mlp; 16 for the "
                         "cnn on gratings, for speed)")
+    g.add_argument("--depth", type=number(int, 1),
+                   help="hidden layers of the cnn or mlp (default: 4, the paper's; resnet18 has its own)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=number(int, 1),
                    help="passes over the training images (default: 12 gratings, 50 cifar10, 100 cifar100)")
@@ -126,6 +128,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     recipe = RECIPES[args.dataset]
     args.model = args.model or recipe["model"]
     args.width = args.width or (recipe["width"] if args.model == recipe["model"] else WIDTHS[args.model])
+    if args.depth and args.model == "resnet18":
+        p.error("--depth has no effect on resnet18: choose --model cnn or mlp, or leave it out")
     args.epochs = args.epochs or recipe["epochs"]
     args.batch_size = args.batch_size or recipe["batch_size"]
     args.lr = args.lr or (0.05 if args.norm else 0.02)
@@ -178,8 +182,9 @@ class Trainer:
         self.flip = args.dataset != "gratings"                                  # a mirrored grating is another class
 
         torch.manual_seed(args.seed)
+        depth = {"depth": args.depth} if args.depth else {}
         self.model = models.MODELS[args.model](len(dataset.classes), args.norm, args.width,
-                                               size=dataset.train_images.shape[-1])
+                                               size=dataset.train_images.shape[-1], **depth)
         # Channels last: the kernels need not reorder activations, a quarter less time for a step on a CPU.
         self.model.to(device, memory_format=torch.channels_last)
         self.handle = fa.attach(self.model, fa.RULES[args.rule](seed=args.seed))

@@ -42,6 +42,19 @@ def test_shapes(name, size, channels):
     assert model(torch.randn(2, channels, size, size)).shape == (2, 13)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("make", [models.mlp, models.cnn])
+def test_depth(make, depth):
+    model = make(10, None, width=4, depth=depth)
+    assert len(model.layers) == len(model.norms) == depth and model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    if make is models.cnn:
+        strides = {1: [1], 2: [1, 4], 3: [1, 2, 2], 4: [1, 2, 2, 2], 6: [1, 1, 2, 2, 1, 2]}     # 12: each stage three times
+        assert [layer.stride[0] for layer in model.layers] == strides.get(depth, [1, 1, 1] + 3 * [2, 1, 1])
+        assert model.layers[-1].out_channels == (4 if depth == 1 else 16)
+    if depth == 4:
+        assert count(model) == count(make(10, None, width=4))
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_stem_first_classifier_last(name):
     layers = [m for m in models.MODELS[name](10, width=4).modules() if isinstance(m, nn.Linear | nn.Conv2d)]

@@ -111,7 +111,8 @@ def test_recording_ranks_changes_no_bit_of_the_training(args, tmp_path):
     assert "update" not in lines[0]["layers"]["layers.2"]
 
 
-@pytest.mark.parametrize("args", [[], ["--rule", "bp"], ["--norm", "layer"], ["--norm", "rms", "--muon"], ["--amp"]], ids=str)
+@pytest.mark.parametrize("args", [[], ["--rule", "bp"], ["--norm", "layer"], ["--norm", "rms", "--muon"], ["--amp"],
+                                  ["--depth", "2"], ["--depth", "1", "--muon", "--model", "mlp"]], ids=str)
 def test_every_kind_of_run(args, tmp_path):
     log, checkpoint = run(*args, "--device", "cpu", out=tmp_path / "run")
     assert len(log) == 2 and not log[-1]["diverged"]
@@ -233,6 +234,8 @@ WRONG = {
     "--lr inf": "not a finite number above 0",
     "--muon --muon-lr -1": "not a finite number above 0",
     "--muon-lr 0.1": "no effect without --muon",
+    "--depth 0": "not an integer of at least 1",
+    "--depth 3 --model resnet18": "no effect on resnet18",
     "--weight-decay -1": "at least 0",
     "--rank 0": "not an integer of at least 1",
     "--seed -1": "at least 0",
