@@ -141,7 +141,7 @@ class Recorder:
         error, gradient, update, activation   {effective_rank, participation_ratio, stable_rank, ceiling} of
               error       δ at the layer's output, (N, out·H·W): at most N
               gradient    (out, in·kh·kw)
-              update      W after minus W before the last optimiser step, (out, in·kh·kw), if it was watched
+              update      W after minus W before the optimiser step last watched, (out, in·kh·kw), if one was
               activation  the layer's input x, of which the gradient δ xᵀ is made, (N, in·H·W): at most N
         spectrum          σ/σ₁ of the error, at SPECTRUM ranks from 1 to N
         cosine            mean |cos| between different images' activations

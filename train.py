@@ -220,8 +220,9 @@ class Trainer:
         self.handle.before_step()
         if self.trajectory and self.step % max(1, self.total_steps // 256) == 0:    # some 256 rows in all
             self.trajectory.add()
-        last = (self.step + 1) % self.steps_per_epoch == 0
-        with self.recorder.watch_update() if self.recorder and last else contextlib.nullcontext():
+        # The update of an epoch's first step: at the very end the learning rate is so small that rounding would be measured.
+        first = self.step % self.steps_per_epoch == 0
+        with self.recorder.watch_update() if self.recorder and first else contextlib.nullcontext():
             for optimiser, _ in self.optimisers:
                 optimiser.step()
         self.step += 1
