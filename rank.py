@@ -298,8 +298,8 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] 
         trajectory.plot([epoch for epoch, _ in rows], [t["effective_rank"] for _, t in rows], **style)
         angles = [[r["layers"][n]["angle_gradient"] for n in hidden] for r in records]
         alignment.plot(epochs, [sum(a) / len(a) if None not in a else math.nan for a in angles], **style)
-    by_depth.plot(depth, [last[n]["error"]["ceiling"] for n in names], ":", color="#888888")
-    gradients.plot(depth, [last[n]["gradient"]["ceiling"] for n in names], ":", color="#888888", label="largest possible")
+    by_depth.plot(depth, [last[n]["error"]["ceiling"] for n in names], ":", color="#888888", label="largest possible")
+    gradients.plot(depth, [last[n]["gradient"]["ceiling"] for n in names], ":", color="#888888")
     trajectory.plot([e for e, _ in rows], [t["rows"] for _, t in rows], ":", color="#888888")
     alignment.axhline(90, linestyle=":", color="#888888")       # unrelated directions
     by_depth.set(title="error δ, after training", xlabel="layer, from stem to classifier", ylabel="effective rank")
@@ -314,8 +314,9 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] 
         axes.set_ylim(0, None)
     for axes in (by_depth, gradients, over_epochs, trajectory, alignment):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    gradients.legend(frameon=False)
-    figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), frameon=False, fontsize=11)
+    spectrum.set_ylim(1e-4, 1.5)                                # what is smaller does not count
+    figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs) + 1, frameon=False,
+                  fontsize=10)
     figure.savefig(path, dpi=110, format=path.suffix[1:] if path.suffix in (".pdf", ".svg") else "png")
     plt.close(figure)
 
