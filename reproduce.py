@@ -1,6 +1,6 @@
 """The paper's claims, each a short list of runs, a table and a picture.
 
-    python reproduce.py quick                        # gratings: feedback alignment fails, and is repaired
+    python reproduce.py quick --out mine             # gratings: feedback alignment fails, and is repaired
     python reproduce.py cifar10 --seeds 2 --jobs 2   # ResNet-18 at a small scale on real images
     python reproduce.py rank --jobs 2                # the rank of errors, gradients, updates and activations
     python reproduce.py cifar10 --set epochs=1 subset=1000
@@ -112,9 +112,9 @@ def key(args: dict, version: int) -> str:
     return json.dumps({**chosen, "version": version}, sort_keys=True)
 
 
-def read(name: str) -> dict[str, dict]:
+def read(path: Path) -> dict[str, dict]:
     """results/NAME.jsonl as key -> line. Raises RunError naming a line that is not JSON."""
-    path, lines = RESULTS / f"{name}.jsonl", {}
+    lines = {}
     for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
             line = json.loads(text)
@@ -147,22 +147,22 @@ def run(name: str, job: Job, data: str, device: str, threads: int, running: dict
             "args": config["args"], "epochs": log, **recorded}
 
 
-def run_missing(name: str, missing: list[Job], done: dict[str, dict], args: argparse.Namespace) -> None:
-    """Run what is missing, `args.jobs` at a time, adding each result to results/NAME.jsonl as it comes."""
-    RESULTS.mkdir(exist_ok=True)
+def run_missing(path: Path, missing: list[Job], done: dict[str, dict], args: argparse.Namespace) -> None:
+    """Run what is missing, `args.jobs` at a time, adding each result to the file at `path` as it comes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     running: dict = {}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     began, total = time.time(), sum(train.parse(job.argv).epochs for job in missing)
     finished = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = {pool.submit(run, name, job, args.data, args.device, threads, running): job for job in missing}
+        waiting = {pool.submit(run, args.name, job, args.data, args.device, threads, running): job for job in missing}
         try:
             while waiting:
                 for future in [f for f in waiting if f.done()]:
                     job, line = waiting.pop(future), future.result()
                     finished += len(line["epochs"])
                     done[job.key] = line
-                    runs.write_log(RESULTS / f"{name}.jsonl", list(done.values()))
+                    runs.write_log(path, list(done.values()))
                     show("")
                     print(f"{job.label}, seed {line['seed']}: {percent(line)}, {train.span(line['seconds'])}", flush=True)
                 epochs = finished + sum(log.read_text().count("\n") for _, log in list(running.values()) if log.exists())
@@ -313,7 +313,7 @@ def chance(line: dict) -> float:
 
 def lines_of(name: str) -> list[dict]:
     """The lines that the README's table shows: the experiment as it stands, every seed that was run."""
-    experiment, done = EXPERIMENTS[name], read(name)
+    experiment, done = EXPERIMENTS[name], read(RESULTS / f"{name}.jsonl")
     most = 1 + max((line["seed"] for line in done.values()), default=-1)
     return [done[job.key] for job in jobs(experiment, most, []) if job.key in done]
 
@@ -340,6 +340,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--jobs", type=train.number(int, 1), default=1, help="runs at a time, sharing the cores (default: 1)")
     p.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
     p.add_argument("--device", default="auto", help="as for train.py (default: auto)")
+    p.add_argument("--out", type=Path, metavar="DIR",
+                   help="folder of results of your own; all runs are then run on your machine (default: results/, where the "
+                        "README's numbers are, and whose runs are not repeated)")
     p.add_argument("--check", action="store_true", help="only compare the README's tables with results/; status 1 if they differ")
     args = p.parse_args(argv)
     if (args.name is None) != args.check:
@@ -360,15 +363,17 @@ def main(argv: list[str] | None = None) -> int:
             print("README.md says what results/ says" if same else
                   "README.md differs from results/: run the experiment again, which writes the table anew")
             return 0 if same else 1
-        experiment, done = EXPERIMENTS[args.name], read(args.name)
+        folder = args.out or RESULTS
+        path = folder / f"{args.name}.jsonl"
+        experiment, done = EXPERIMENTS[args.name], read(path)
         changes = [f"--{change.replace('_', '-')}" for change in args.changes]
         listed = jobs(experiment, args.seeds or experiment.seeds, changes)
         print(f"{args.name}: {experiment.claim}", flush=True)
         missing = [job for job in listed if job.key not in done]
         if len(missing) < len(listed):
-            print(f"{len(listed) - len(missing)} of {len(listed)} runs are in {RESULTS.name}/{args.name}.jsonl already")
-        run_missing(args.name, missing, done, args)
-        picture = RESULTS / ("-".join([args.name, *args.changes]) + ".png")
+            print(f"{len(listed) - len(missing)} of {len(listed)} runs are in {folder.name}/{path.name} already")
+        run_missing(path, missing, done, args)
+        picture = folder / ("-".join([args.name, *args.changes]) + ".png")
         lines = [done[job.key] for job in listed]
         if experiment.ranks:
             first = [(line["label"], line["rank"]) for line in lines if line["seed"] == 0]
@@ -378,12 +383,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             draw(picture, experiment, lines)
         print("\n" + table(experiment, lines) + f"\n\n{picture}")
-        if README.exists() and not args.changes:
+        if README.exists() and not args.changes and not args.out:
             text = written(README.read_text())
             if text != README.read_text():
                 runs.write(README, lambda partial: partial.write_text(text))
         return 0
-    except runs.RunError as e:
+    except (runs.RunError, OSError) as e:
         print(f"reproduce.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

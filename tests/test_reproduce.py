@@ -87,6 +87,20 @@ def test_only_what_is_missing_is_run(tiny, monkeypatch):
     assert len((tiny / "results" / "tiny.jsonl").read_text().splitlines()) == 10
 
 
+def test_results_of_ones_own(tiny, monkeypatch, capsys):
+    calls = counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0
+    readme = (tiny / "README.md").read_text()
+    assert reproduce.main(["tiny", "--out", "mine", "--seeds", "2"]) == 0 and len(calls) == 6
+    assert sorted(p.name for p in (tiny / "mine").iterdir()) == ["tiny.jsonl", "tiny.png"]
+    assert (tiny / "README.md").read_text() == readme           # it speaks of results/ alone
+    capsys.readouterr()
+    (tiny / "file").write_text("")
+    assert reproduce.main(["tiny", "--out", "file/mine"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("reproduce.py: ") and err.count("\n") == 1
+
+
 def test_the_table(tiny, monkeypatch):
     counted(monkeypatch)
     assert reproduce.main(["tiny", "--seeds", "3"]) == 0
