@@ -34,8 +34,8 @@ import train
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-# Arguments that do not move a run's numbers: where it runs, and whether its ranks are recorded.
-NEUTRAL = ("out", "data", "device", "device_reason", "amp_reason", "rank")
+# Arguments that are not part of an experiment: where and in which precision it runs (each result says), and the recorder.
+NEUTRAL = ("out", "data", "device", "device_reason", "amp", "amp_reason", "rank")
 
 
 class Experiment(NamedTuple):
@@ -315,7 +315,7 @@ def lines_of(name: str) -> list[dict]:
     """The lines that the README's table shows: the experiment as it stands, every seed that was run."""
     experiment, done = EXPERIMENTS[name], read(RESULTS / f"{name}.jsonl")
     most = 1 + max((line["seed"] for line in done.values()), default=-1)
-    return [done[job.key] for job in jobs(experiment, most, []) if job.key in done]
+    return [{**done[job.key], "label": job.label} for job in jobs(experiment, most, []) if job.key in done]
 
 
 def written(text: str) -> str:
@@ -373,8 +373,8 @@ def main(argv: list[str] | None = None) -> int:
         if len(missing) < len(listed):
             print(f"{len(listed) - len(missing)} of {len(listed)} runs are in {folder.name}/{path.name} already")
         run_missing(path, missing, done, args)
-        picture = folder / ("-".join([args.name, *args.changes]) + ".png")
-        lines = [done[job.key] for job in listed]
+        picture = folder / ("-".join([args.name, *args.changes]).replace("/", "_") + ".png")
+        lines = [{**done[job.key], "label": job.label} for job in listed]
         if experiment.ranks:
             first = [(line["label"], line["rank"]) for line in lines if line["seed"] == 0]
             runs.write(picture, lambda partial: rank.draw(partial, first, [COLOURS[label] for label, _ in first]))

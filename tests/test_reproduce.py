@@ -101,6 +101,19 @@ def test_results_of_ones_own(tiny, monkeypatch, capsys):
     assert err.startswith("reproduce.py: ") and err.count("\n") == 1
 
 
+def test_a_result_from_another_machine_counts(tiny, monkeypatch):
+    calls = counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0
+    path = tiny / "results" / "tiny.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:                                          # run on a GPU, by a train.py without --depth, under another label
+        line["args"].update(amp=True, device="cuda")
+        del line["args"]["depth"]
+        line["label"] = "old name"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert reproduce.main(["--check"]) == 0 and reproduce.main(["tiny"]) == 0 and len(calls) == 2
+
+
 def test_the_table(tiny, monkeypatch):
     counted(monkeypatch)
     assert reproduce.main(["tiny", "--seeds", "3"]) == 0
