@@ -298,8 +298,9 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] 
         trajectory.plot([epoch for epoch, _ in rows], [t["effective_rank"] for _, t in rows], **style)
         angles = [[r["layers"][n]["angle_gradient"] for n in hidden] for r in records]
         alignment.plot(epochs, [sum(a) / len(a) if None not in a else math.nan for a in angles], **style)
-    by_depth.plot(depth, [last[n]["error"]["ceiling"] for n in names], ":", color="#888888", label="largest possible")
-    gradients.plot(depth, [last[n]["gradient"]["ceiling"] for n in names], ":", color="#888888")
+    ceilings = {kind: [(last[n][kind] or {}).get("ceiling", math.nan) for n in names] for kind in ("error", "gradient")}
+    by_depth.plot(depth, ceilings["error"], ":", color="#888888", label="largest possible")
+    gradients.plot(depth, ceilings["gradient"], ":", color="#888888")
     trajectory.plot([e for e, _ in rows], [t["rows"] for _, t in rows], ":", color="#888888")
     alignment.axhline(90, linestyle=":", color="#888888")       # unrelated directions
     by_depth.set(title="error δ, after training", xlabel="layer, from stem to classifier", ylabel="effective rank")

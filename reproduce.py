@@ -245,7 +245,7 @@ def final_ranks(cell: list[dict]) -> list[str]:
         layers = [[(layer.get(kind) or {}).get("effective_rank") for layer in list(final["layers"].values())[:-1]]
                   for final in finals]
         texts.append(", ".join(mean(list(values)) for values in zip(*layers)) or "–")
-    return [*texts, mean([(final["trajectory"]["all layers"] or {}).get("effective_rank") for final in finals])]
+    return [*texts, mean([(final["trajectory"].get("all layers") or {}).get("effective_rank") for final in finals])]
 
 
 COLOURS = {"backprop": "#888888", "backprop + norm": "#000000", "backprop + Muon": "#CC79A7",

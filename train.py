@@ -302,7 +302,14 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
     runs.write_json(folder / "config.json", {"args": settings, "version": VERSION, "device": device, **runs.provenance()})
     measured = "held-out" if args.validate else "test"
     log: list[dict] = []
-    ranks = [{"epoch": 0, **trainer.record()}] if args.rank else []
+    ranks: list[dict] = []
+
+    def record(epoch: int) -> None:
+        ranks.append({"epoch": epoch, **trainer.record()})
+        runs.write_log(folder / "rank.jsonl", ranks)
+
+    if args.rank:
+        record(0)
     began = time.perf_counter()
     for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
@@ -314,8 +321,7 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
         if line["diverged"]:
             break
         if args.rank and (epoch % args.rank == 0 or epoch == args.epochs):
-            ranks.append({"epoch": epoch, **trainer.record()})
-            runs.write_log(folder / "rank.jsonl", ranks)
+            record(epoch)
         state = {"epoch": epoch, "args": settings, **trainer.state()}
         runs.write(folder / "checkpoint.pt", partial(torch.save, state))
         left = (time.perf_counter() - began) / epoch * (args.epochs - epoch)

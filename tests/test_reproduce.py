@@ -74,6 +74,14 @@ def test_recorded_ranks_become_columns_and_a_picture(tiny, monkeypatch, capsys):
     assert ranks[1].split(", ")[1] == "–" and ranks[3] == "–"
 
 
+def test_a_recorded_run_that_diverges_at_once_is_counted(tiny, monkeypatch, capsys):
+    experiment = reproduce.Experiment("a claim", TINY + " --rank --lr 1e30 --batch-size 16", {"FA": "--rule fa"}, ranks=True)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
+    assert reproduce.main(["tiny", "--device", "cpu"]) == 0
+    assert "| FA | – (1 of 1 diverged) | 1 | " in (tiny / "README.md").read_text()
+    assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_only_what_is_missing_is_run(tiny, monkeypatch):
     calls = counted(monkeypatch, fail_at=2)
     assert reproduce.main(["tiny"]) == 130                      # interrupted in the second run: the first is kept
