@@ -94,11 +94,18 @@ def check(layer: Layer) -> None:
 # ---- the rules -------------------------------------------------------------------------------------------------
 
 class Rule:
-    """How the error crosses a layer on its way back. Subclass it, override `backward`, and `attach` it."""
+    """How the error crosses a layer on its way back. Subclass it, override `backward`, and `attach` it.
 
-    def __init__(self, seed: int = 0):
+    seed        of the feedback weights
+    gain        B is drawn so many times larger than W. It matters where another path carries the error too: a residual
+                block's shortcut is exact, so the gain weighs the branch against it
+    orthogonal  B at each kernel position is made orthogonal, of the norm drawn, so that it favours no direction
+    """
+
+    def __init__(self, seed: int = 0, gain: float = 1.0, orthogonal: bool = False):
         # W is usually drawn after torch.manual_seed(seed). Another stream keeps B independent of it.
         self.generator = torch.Generator().manual_seed(seed + 0xFEEDBAC)
+        self.gain, self.orthogonal = gain, orthogonal
 
     def prepare(self, layer: Layer) -> None:
         """Called once for each hidden layer: make what the rule needs, as buffers, so that it is saved and moved."""
@@ -114,18 +121,28 @@ class Rule:
         """Called after the backward pass and before the optimiser's step, for rules whose feedback learns."""
 
     def draw(self, layer: Layer) -> Tensor:
-        """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every device.
+        """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every device (but for
+        rounding where `orthogonal` needs an SVD).
 
         The initialiser is `layer.initialise(tensor, generator=...)` where the model says one, else torch's default for
         Linear and Conv2d: uniform in ±1/√fan_in.
         """
         initialise = getattr(layer, "initialise", _torch_default)
         drawn = initialise(torch.empty(layer.weight.shape), generator=self.generator)
+        drawn = self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
         return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)  # its device, dtype and memory format
 
 
 def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(weight, a=5 ** 0.5, generator=generator)
+
+
+def _orthogonal(weight: Tensor) -> Tensor:
+    """(out, in) or (out, in, kh, kw) -> the nearest matrix with equal singular values at each kernel position, same norm."""
+    positions = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]        # (kh·kw, out, in)
+    U, _, Vh = torch.linalg.svd(positions, full_matrices=False)
+    flat = (U @ Vh).permute(1, 2, 0).reshape(weight.shape)
+    return flat * (weight.norm() / flat.norm())
 
 
 class BP(Rule):

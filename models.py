@@ -16,7 +16,8 @@ Initialisation. With normalisation the scale of W does not matter in the forward
 default (uniform in ±1/√fan_in). Without it, that default shrinks the signal to a sixth of its variance in every ReLU
 layer; then hidden weights are drawn by He et al. 2015, N(0, 2/fan_in), which keeps it, and the last convolution of each
 residual block is drawn 1/√blocks smaller, so that the sum over the blocks does not explode (the idea of Zhang et al. 2019,
-Fixup). A layer drawn so remembers how in `layer.initialise`, from which fa.py draws B.
+Fixup). A layer drawn so remembers how in `layer.initialise`, from which fa.py draws B. `init` chooses the other one, "he" with
+normalisation or "torch" without, to see what depends on it.
 """
 from __future__ import annotations
 
@@ -29,6 +30,9 @@ from torch.nn import functional as F
 import norm as normalisation
 
 
+INITS = ("he", "torch")
+
+
 def _he(weight: Tensor, scale: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """N(0, scale² · 2 / fan_in) (He et al. 2015)."""
     nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
@@ -36,29 +40,34 @@ def _he(weight: Tensor, scale: float = 1.0, generator: torch.Generator | None = 
         return weight.mul_(scale)
 
 
-def _norm_free(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> None:
-    layer.initialise = partial(_he, scale=scale)
-    layer.initialise(layer.weight)
-    nn.init.zeros_(layer.bias)
+def _layer(layer: nn.Linear | nn.Conv2d, init: str, scale: float = 1.0) -> nn.Linear | nn.Conv2d:
+    """The layer as torch drew it, or drawn anew by He's initialisation."""
+    if init == "he":
+        layer.initialise = partial(_he, scale=scale)
+        layer.initialise(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return layer
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int, norm: str | None, scale: float = 1.0) -> nn.Conv2d:
+def _conv(inputs: int, outputs: int, kernel: int, stride: int, norm: str | None, init: str, scale: float = 1.0) -> nn.Conv2d:
     """A convolution; where a normalisation follows, that one has the bias."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=norm is None)
-    if norm is None:
-        _norm_free(conv, scale)
-    return conv
+    return _layer(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=norm is None), init, scale)
+
+
+def _chosen(init: str | None, norm: str | None) -> str:
+    if init not in (None, *INITS):
+        raise ValueError(f"init must be one of {INITS}, or None for the one that suits the norm, not {init!r}")
+    return init or ("he" if norm is None else "torch")
 
 
 class MLP(nn.Module):
-    def __init__(self, classes: int, norm: str | None, width: int, inputs: int, depth: int):
+    def __init__(self, classes: int, norm: str | None, width: int, inputs: int, depth: int, init: str):
         super().__init__()
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
         for _ in range(depth):
-            self.layers.append(nn.Linear(inputs, width, bias=norm is None))
+            self.layers.append(_layer(nn.Linear(inputs, width, bias=norm is None), init))
             self.norms.append(normalisation.make(norm, width))
-            if norm is None:
-                _norm_free(self.layers[-1])
             inputs = width
         self.classifier = nn.Linear(width, classes)
 
@@ -70,13 +79,13 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    def __init__(self, classes: int, norm: str | None, width: int, channels: int, size: int, depth: int):
+    def __init__(self, classes: int, norm: str | None, width: int, channels: int, size: int, depth: int, init: str):
         super().__init__()
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
         stages = [4 * i // depth for i in range(depth)]                 # 0, 1, 2, 3 for four layers; 0, 2 for two
         for stage, before in zip(stages, [0, *stages]):
             outputs, stride = width * (1, 2, 4, 4)[stage], 2 ** (stage - before)
-            self.layers.append(_conv(channels, outputs, 3, stride, norm))
+            self.layers.append(_conv(channels, outputs, 3, stride, norm, init))
             self.norms.append(normalisation.make(norm, outputs))
             channels, size = outputs, (size - 1) // stride + 1
         self.classifier = nn.Linear(channels * size * size, classes)
@@ -90,14 +99,14 @@ class CNN(nn.Module):
 class Block(nn.Module):
     """relu(x + branch(x)), where the branch is two convolutions; a 1×1 convolution fits x to another shape."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: str | None, scale: float):
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str | None, init: str, scale: float):
         super().__init__()
-        self.conv1, self.norm1 = _conv(inputs, outputs, 3, stride, norm), normalisation.make(norm, outputs)
-        self.conv2, self.norm2 = _conv(outputs, outputs, 3, 1, norm, scale), normalisation.make(norm, outputs)
+        self.conv1, self.norm1 = _conv(inputs, outputs, 3, stride, norm, init), normalisation.make(norm, outputs)
+        self.conv2, self.norm2 = _conv(outputs, outputs, 3, 1, norm, init, scale), normalisation.make(norm, outputs)
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
             # Nothing rectifies what the shortcut carries: 1/√2 makes He's initialisation keep its variance.
-            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride, norm, 0.5 ** 0.5),
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride, norm, init, 0.5 ** 0.5),
                                           normalisation.make(norm, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,15 +115,15 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, blocks: tuple[int, ...], classes: int, norm: str | None, width: int, channels: int):
+    def __init__(self, blocks: tuple[int, ...], classes: int, norm: str | None, width: int, channels: int, init: str):
         super().__init__()
-        self.stem, self.norm = _conv(channels, width, 3, 1, norm), normalisation.make(norm, width)
+        self.stem, self.norm = _conv(channels, width, 3, 1, norm, init), normalisation.make(norm, width)
         stages, inputs = [], width
         for stage, count in enumerate(blocks):
             outputs = width * 2 ** stage
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                stages.append(Block(inputs, outputs, stride, norm, scale=sum(blocks) ** -0.5))
+                stages.append(Block(inputs, outputs, stride, norm, init, scale=sum(blocks) ** -0.5))
                 inputs = outputs
         self.blocks = nn.Sequential(*stages)
         self.classifier = nn.Linear(inputs, classes)
@@ -126,24 +135,27 @@ class ResNet(nn.Module):
 
 
 def mlp(classes: int = 10, norm: str | None = "batch", width: int = 512, channels: int = 3, size: int = 32,
-        depth: int = 4) -> MLP:
-    """`depth` hidden layers of `width`; images of (channels, size, size). norm: a kind of norm.KINDS, or None."""
-    return MLP(classes, norm, width, channels * size * size, depth)
+        depth: int = 4, init: str | None = None) -> MLP:
+    """`depth` hidden layers of `width`; images of (channels, size, size). norm: a kind of norm.KINDS, or None;
+    init: one of INITS, or None for the one that suits the norm."""
+    return MLP(classes, norm, width, channels * size * size, depth, _chosen(init, norm))
 
 
 def cnn(classes: int = 10, norm: str | None = "batch", width: int = 32, channels: int = 3, size: int = 32,
-        depth: int = 4) -> CNN:
-    """The CNN of `depth` convolutions; `width` channels in the first. norm: a kind of norm.KINDS, or None."""
-    return CNN(classes, norm, width, channels, size, depth)
+        depth: int = 4, init: str | None = None) -> CNN:
+    """The CNN of `depth` convolutions; `width` channels in the first. norm: a kind of norm.KINDS, or None;
+    init: one of INITS, or None for the one that suits the norm."""
+    return CNN(classes, norm, width, channels, size, depth, _chosen(init, norm))
 
 
 def resnet18(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,
-             size: int = 32) -> ResNet:
+             size: int = 32, init: str | None = None) -> ResNet:
     """ResNet-18 for small images; 11,220,132 parameters for 100 classes with batch norm at width 64.
 
     `width` channels in the first stage. Works on any `size` (it averages over space), so that one is not used.
+    norm and init as for `cnn`.
     """
-    return ResNet((2, 2, 2, 2), classes, norm, width, channels)
+    return ResNet((2, 2, 2, 2), classes, norm, width, channels, _chosen(init, norm))
 
 
 MODELS = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}

@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import rank
+import report
 import runs
 import train
 
@@ -41,11 +40,12 @@ NEUTRAL = ("out", "data", "device", "device_reason", "amp", "amp_reason", "rank"
 class Experiment(NamedTuple):
     claim: str                  # what the paper says, and what this tests
     common: str                 # arguments of all runs
-    cells: dict[str, str]       # label -> arguments of its own
-    paper: dict[str, float] = {}        # label -> the paper's test accuracy in %, where it gives one
+    cells: dict[str, str]       # label -> arguments of its own; "panel: label" where the picture has several panels
+    columns: dict[str, str] = {"": ""}      # each cell once with each column's text in place of {}
+    axis: str = ""              # what the columns are
+    view: str = "epochs"        # how report.py shows it
+    paper: dict[str, float] = {}            # label -> the paper's test accuracy in %, where it gives one
     seeds: int = 1              # seeds 0, 1, ... by default
-    ranks: bool = False         # recorded with --rank: more columns, and a picture of its own
-    rates: tuple[float, ...] = ()       # each cell once with each learning rate: Muon's where it has Muon, else SGD's
 
 
 REPAIRS = {"backprop": "--rule bp", "FA": "--rule fa", "FA + Muon": "--rule fa --muon", "FA + norm": "--rule fa --norm",
@@ -56,7 +56,7 @@ PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46
 EXPERIMENTS = {
     "quick": Experiment(
         "Feedback alignment fails on the 4-layer CNN; Muon and activity normalisation repair it. Gratings, 12 epochs.",
-        "--dataset gratings", {k: REPAIRS[k] for k in ("backprop", "FA", "FA + Muon + norm")}),
+        "--dataset gratings --rank 4", {k: REPAIRS[k] for k in ("backprop", "FA", "FA + Muon + norm")}, view="quick"),
     "cifar10": Experiment(
         "On a deep network each fix lifts feedback alignment, and both together the most. ResNet-18 of width 16, the first "
         "10,000 training images of CIFAR-10, 10 epochs, the whole test set.",
@@ -66,15 +66,38 @@ EXPERIMENTS = {
         "The signal of feedback alignment has a lower rank than backprop's; Muon and normalisation raise it. The 4-layer CNN, "
         "the first 10,000 training images of CIFAR-10, 12 epochs, Nesterov SGD of learning rate 0.02 without normalisation.",
         "--dataset cifar10 --subset 10000 --epochs 12 --weight-decay 0 --rank",
-        {"backprop + norm": "--rule bp --norm", **REPAIRS}, ranks=True),
+        {"backprop + norm": "--rule bp --norm", **REPAIRS}, view="ranks"),
+    "rank-map": Experiment(
+        "Where the collapse is and where it is not: initialisation x learning rate x layer x time. The 4-layer CNN of width 16, "
+        "the first 10,000 training images of CIFAR-10, 10 epochs, Nesterov SGD, no normalisation, no weight decay.",
+        "--dataset cifar10 --width 16 --subset 10000 --epochs 10 --weight-decay 0 --rank --lr {}",
+        {f"{name}: {label}": f"--init {init} {REPAIRS[label]}" for name, init in (("He", "he"), ("torch's default", "torch"))
+         for label in ("backprop", "FA")},
+        {lr: lr for lr in ("0.002", "0.005", "0.02", "0.05")}, "learning rate", "map"),
+    "intervention": Experiment(
+        "Is it the rank? Backprop is forced to updates of rank r, feedback alignment to updates of full rank (intervene.py). "
+        "The 4-layer CNN of width 16, the first 10,000 training images of CIFAR-10, 10 epochs, Nesterov SGD.",
+        "--dataset cifar10 --width 16 --subset 10000 --epochs 10 {}",
+        {k: ALL[k] for k in ("backprop", "backprop + norm", "FA", "FA + norm")},
+        {**{r: f"--cut {r}" for r in ("1", "2", "4", "8", "16", "32")}, "all": "", "flattened": "--flatten"},
+        "singular values kept, r", "sweep"),
+    "depth": Experiment(
+        "The deeper the network, the worse feedback alignment, and the more the fixes are worth. MLP of width 256 and CNN of "
+        "width 16, the first 10,000 training images of CIFAR-10, 10 epochs.",
+        "--dataset cifar10 --subset 10000 --epochs 10 --rank 10 --depth {}",
+        {f"{panel}: {label}": f"--model {size} {own}"
+         for panel, size in (("MLP", "mlp --width 256"), ("CNN", "cnn --width 16"))
+         for label, own in {"backprop + norm": ALL["backprop + norm"], **REPAIRS}.items()},
+        {depth: depth for depth in ("2", "4", "8", "12")}, "hidden layers", "sweep"),
     "tune": Experiment(
         "No claim: the same learning rates for every cell of the CIFAR-100 table, at a small scale (ResNet-18 of width 16, 10,000 "
         "training images, 5 epochs), measured on 10,000 other training images, never on the test set.",
-        "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 5 --validate 10000", ALL,
-        rates=(0.01, 0.03, 0.1)),
+        "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 5 --validate 10000",
+        {k: v + (" --muon-lr {}" if "Muon" in k else " --lr {}") for k, v in ALL.items()},
+        {lr: lr for lr in ("0.01", "0.03", "0.1")}, "learning rate, of Muon where there is Muon", "sweep"),
     "cifar100": Experiment(
         "The paper's headline table: ResNet-18 on all of CIFAR-100, 100 epochs.",
-        "--dataset cifar100", {**ALL, "frozen features": "--rule frozen --norm"}, PAPER),
+        "--dataset cifar100", {**ALL, "frozen features": "--rule frozen --norm"}, paper=PAPER),
 }
 
 
@@ -82,6 +105,7 @@ EXPERIMENTS = {
 
 class Job(NamedTuple):
     label: str
+    column: str
     argv: list[str]
     key: str                    # the run's identity: every argument's value, and train.VERSION
 
@@ -91,25 +115,20 @@ def jobs(experiment: Experiment, seeds: int, changes: list[str]) -> list[Job]:
     listed = []
     for seed in range(seeds):
         for label, own in experiment.cells.items():
-            for rate in experiment.rates or (None,):
-                chosen = f"{rate_flag(own)} {rate}" if rate else ""
-                argv = [*shlex.split(f"{experiment.common} {own} {chosen}"), *changes, "--seed", str(seed)]
-                listed.append(Job(label, argv, key(vars(train.parse(argv)), train.VERSION)))
+            for column, text in experiment.columns.items():
+                argv = [*shlex.split(f"{experiment.common} {own}".replace("{}", text)), *changes, "--seed", str(seed)]
+                listed.append(Job(label, column, argv, key(vars(train.parse(argv)), train.VERSION)))
     return listed
 
 
-def rate_flag(own: str) -> str:
-    """Which learning rate a grid changes in a cell with these arguments."""
-    return "--muon-lr" if "--muon" in own else "--lr"
-
-
-def rate_of(line: dict) -> float:
-    return line["args"]["muon_lr"] or line["args"]["lr"]
-
-
 def key(args: dict, version: int) -> str:
-    chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None}       # a flag of later days is None here
+    chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None and v is not False}   # flags of later days
     return json.dumps({**chosen, "version": version}, sort_keys=True)
+
+
+def complete(job: Job, done: dict[str, dict]) -> bool:
+    """Is its result there, with the ranks if they are asked for? Recording them does not change the rest."""
+    return job.key in done and ("--rank" not in job.argv or "rank" in done[job.key])
 
 
 def read(path: Path) -> dict[str, dict]:
@@ -164,7 +183,7 @@ def run_missing(path: Path, missing: list[Job], done: dict[str, dict], args: arg
                     done[job.key] = line
                     runs.write_log(path, list(done.values()))
                     show("")
-                    print(f"{job.label}, seed {line['seed']}: {percent(line)}, {train.span(line['seconds'])}", flush=True)
+                    print(f"{job.label}, seed {line['seed']}: {report.percent(line)}, {train.span(line['seconds'])}", flush=True)
                 epochs = finished + sum(log.read_text().count("\n") for _, log in list(running.values()) if log.exists())
                 left = train.span((time.time() - began) / epochs * (total - epochs)) if epochs else "unknown time"
                 show(f"{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left")
@@ -183,139 +202,18 @@ def show(progress: str) -> None:
         print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
 
 
-# ---- tables and pictures ---------------------------------------------------------------------------------------
-
-def percent(line: dict) -> str:
-    if line["diverged"]:
-        return f"diverged at step {line['epochs'][-1]['step']}"
-    return f"{100 * line['final_test_accuracy']:.1f} %"
-
-
-def accuracy(cell: list[dict]) -> str:
-    """Mean ± standard deviation in %, and how many runs diverged."""
-    if not cell:
-        return "not measured"
-    accuracies = [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
-    text = f"{statistics.mean(accuracies):.1f}" if accuracies else "–"
-    if len(accuracies) > 1:
-        text += f" ± {statistics.stdev(accuracies):.1f}"
-    if len(accuracies) < len(cell):
-        text += f" ({len(cell) - len(accuracies)} of {len(cell)} diverged)"
-    return text
-
-
-def grid(experiment: Experiment, lines: list[dict]) -> str:
-    """Markdown: a row a cell, a column a learning rate."""
-    head = ["learning rate of", *map(str, experiment.rates)]
-    rows = [[f"{label}: {rate_flag(own).strip('-')}",
-             *[accuracy([x for x in lines if x["label"] == label and rate_of(x) == rate]) for rate in experiment.rates]]
-            for label, own in experiment.cells.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def table(experiment: Experiment, lines: list[dict]) -> str:
-    """Markdown: mean ± standard deviation over seeds, n, and the paper's value beside it."""
-    if experiment.rates:
-        return grid(experiment, lines)
-    rows = []
-    for label in experiment.cells:
-        cell = [line for line in lines if line["label"] == label]
-        text = accuracy(cell)
-        accuracies = [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
-        paper, difference = experiment.paper.get(label), ""
-        if paper is not None and accuracies:
-            difference = f"{statistics.mean(accuracies) - paper:+.1f}"
-        row = [label, text, str(len(cell)), *[paper or "–", difference] * bool(experiment.paper)]
-        row += final_ranks(cell) if experiment.ranks else []
-        rows.append("| " + " | ".join(map(str, row)) + " |")
-    head = ["", "test accuracy (%)", "n", *["the paper", "difference"] * bool(experiment.paper)]
-    head += ["error δ", "gradient", "update", "trajectory"] * experiment.ranks
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
-
-
-def final_ranks(cell: list[dict]) -> list[str]:
-    """Effective ranks after the last epoch: of each hidden layer and the stem, in order; of the whole network's trajectory."""
-    def mean(values: list[float | None]) -> str:
-        known = [v for v in values if v is not None]
-        return f"{statistics.mean(known):.0f}" if known else "–"
-
-    finals = [line["rank"][-1] for line in cell]
-    texts = []
-    for kind in ("error", "gradient", "update"):
-        layers = [[(layer.get(kind) or {}).get("effective_rank") for layer in list(final["layers"].values())[:-1]]
-                  for final in finals]
-        texts.append(", ".join(mean(list(values)) for values in zip(*layers)) or "–")
-    return [*texts, mean([(final["trajectory"].get("all layers") or {}).get("effective_rank") for final in finals])]
-
-
-COLOURS = {"backprop": "#888888", "backprop + norm": "#000000", "backprop + Muon": "#CC79A7",
-           "backprop + Muon + norm": "#009E73", "frozen features": "#999933", "FA": "#D55E00", "FA + Muon": "#E69F00",
-           "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2"}          # Okabe & Ito 2008: safe for the colour-blind
-
-
-def draw(path: Path, experiment: Experiment, lines: list[dict]) -> None:
-    """Test accuracy by epoch, one colour a cell, a line a seed, each named at its end."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    ends = []
-    for label in experiment.cells:
-        cell = [line for line in lines if line["label"] == label]
-        for line in cell:
-            epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
-            axes.plot([e["epoch"] for e in epochs], [100 * e["test_accuracy"] for e in epochs], "o-", markersize=3,
-                      color=COLOURS[label], linewidth=2)
-            last = epochs[-1]["epoch"] if epochs else 0
-        if cell:
-            heights = [100 * line["epochs"][-1]["test_accuracy"] for line in cell if not line["diverged"]]
-            ends.append([statistics.mean(heights) if heights else chance(cell[0]), last, label])
-    low = min(chance(line) for line in lines)
-    top = max(height for height, *_ in ends)
-    placed = -1e9
-    for height, last, label in sorted(ends):                    # names apart from each other
-        placed = max(height, placed + 0.055 * (top - low))
-        axes.annotate(label, (last, placed), xytext=(6, 0), textcoords="offset points", va="center",
-                      color=COLOURS[label], fontsize=11, annotation_clip=False)
-    axes.axhline(low, color="#999999", linewidth=1, linestyle=":")
-    axes.annotate("chance", (0.7 * max(last for _, last, _ in ends), low), xytext=(0, 7), textcoords="offset points",
-                  color="#666666")
-    axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0.7, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    runs.write(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
-    plt.close(figure)
-
-
-def draw_grid(path: Path, experiment: Experiment, lines: list[dict]) -> None:
-    """Accuracy against learning rate, one colour a cell; a diverged run leaves a gap."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for label in experiment.cells:
-        cell = sorted((line for line in lines if line["label"] == label and not line["diverged"]), key=rate_of)
-        axes.plot([rate_of(line) for line in cell], [100 * line["final_test_accuracy"] for line in cell], "o-",
-                  color=COLOURS[label], label=label)
-    axes.set(xscale="log", xlabel="learning rate, of Muon where there is Muon", ylabel="held-out accuracy (%)", ylim=(0, None))
-    axes.set_xticks(experiment.rates, [str(rate) for rate in experiment.rates])
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
-    runs.write(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
-    plt.close(figure)
-
-
-def chance(line: dict) -> float:
-    return 1.0 if line["args"]["dataset"] == "cifar100" else 10.0
-
+# ---- the README ------------------------------------------------------------------------------------------------
 
 def lines_of(name: str) -> list[dict]:
     """The lines that the README's table shows: the experiment as it stands, every seed that was run."""
     experiment, done = EXPERIMENTS[name], read(RESULTS / f"{name}.jsonl")
     most = 1 + max((line["seed"] for line in done.values()), default=-1)
-    return [{**done[job.key], "label": job.label} for job in jobs(experiment, most, []) if job.key in done]
+    return [shown(job, done) for job in jobs(experiment, most, []) if complete(job, done)]
+
+
+def shown(job: Job, done: dict[str, dict]) -> dict:
+    """A result under the names that the experiment gives it today."""
+    return {**done[job.key], "label": job.label, "column": job.column}
 
 
 def written(text: str) -> str:
@@ -323,7 +221,7 @@ def written(text: str) -> str:
     for name, experiment in EXPERIMENTS.items():
         block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if block.search(text):
-            content = table(experiment, lines_of(name)) + "\n"
+            content = report.VIEWS[experiment.view].table(experiment, lines_of(name)) + "\n"
             text = block.sub(lambda m: m[1] + content + m[2], text)
     return text
 
@@ -369,20 +267,15 @@ def main(argv: list[str] | None = None) -> int:
         changes = [f"--{change.replace('_', '-')}" for change in args.changes]
         listed = jobs(experiment, args.seeds or experiment.seeds, changes)
         print(f"{args.name}: {experiment.claim}", flush=True)
-        missing = [job for job in listed if job.key not in done]
+        missing = [job for job in listed if not complete(job, done)]
         if len(missing) < len(listed):
             print(f"{len(listed) - len(missing)} of {len(listed)} runs are in {folder.name}/{path.name} already")
         run_missing(path, missing, done, args)
         picture = folder / ("-".join([args.name, *args.changes]).replace("/", "_") + ".png")
-        lines = [{**done[job.key], "label": job.label} for job in listed]
-        if experiment.ranks:
-            first = [(line["label"], line["rank"]) for line in lines if line["seed"] == 0]
-            runs.write(picture, lambda partial: rank.draw(partial, first, [COLOURS[label] for label, _ in first]))
-        elif experiment.rates:
-            draw_grid(picture, experiment, lines)
-        else:
-            draw(picture, experiment, lines)
-        print("\n" + table(experiment, lines) + f"\n\n{picture}")
+        lines = [shown(job, done) for job in listed]
+        view = report.VIEWS[experiment.view]
+        view.draw(picture, experiment, lines)
+        print("\n" + view.table(experiment, lines) + f"\n\n{picture}")
         if README.exists() and not args.changes and not args.out:
             text = written(README.read_text())
             if text != README.read_text():

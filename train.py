@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import data
 import fa
+import intervene
 import models
 import muon
 import norm
@@ -89,6 +90,13 @@ def parser() -> argparse.ArgumentParser:
                         "cnn on gratings, for speed)")
     g.add_argument("--depth", type=number(int, 1),
                    help="hidden layers of the cnn or mlp (default: 4, the paper's; resnet18 has its own)")
+    g.add_argument("--init", choices=models.INITS,
+                   help="initialisation of forward and feedback weights (default: he without --norm, torch with it; see "
+                        "models.py)")
+    g.add_argument("--feedback-gain", type=number(float, 0, above=True),
+                   help="draw the feedback weights so many times larger (default: 1, like the forward weights)")
+    g.add_argument("--feedback-orthogonal", action="store_true",
+                   help="make the feedback weights orthogonal, of the same norm (default: as they are drawn)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=number(int, 1),
                    help="passes over the training images (default: 12 gratings, 50 cifar10, 100 cifar100)")
@@ -100,6 +108,13 @@ def parser() -> argparse.ArgumentParser:
                    help="first learning rate of Muon (default: 0.05 with --norm, 0.01 without, which diverges sooner)")
     g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
                    help="of both optimisers (default: 0.0005, usual for CIFAR)")
+    g.add_argument("--muon-weight-decay", type=number(float, 0),
+                   help="of Muon alone (default: that of both; Muon's steps do not shrink with the gradient)")
+    intervention = g.add_mutually_exclusive_group()
+    intervention.add_argument("--cut", type=number(int, 1), metavar="R",
+                              help="keep the R largest singular values of every hidden update, norm kept (default: all)")
+    intervention.add_argument("--flatten", action="store_true",
+                              help="make the singular values of every hidden update equal, norm kept (default: as they are)")
     g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
                    help="of weights, feedback, order and augmentation (default: 0)")
     g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
@@ -123,13 +138,20 @@ def parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = parser()
     args = p.parse_args(argv)
-    if args.muon_lr is not None and not args.muon:
-        p.error("--muon-lr has no effect without --muon: add --muon or leave it out")
+    for flag in ("muon_lr", "muon_weight_decay"):
+        if getattr(args, flag) is not None and not args.muon:
+            p.error(f"--{flag.replace('_', '-')} has no effect without --muon: add --muon or leave it out")
+    for flag in ("feedback_gain", "feedback_orthogonal"):
+        if getattr(args, flag) and args.rule in ("bp", "frozen"):
+            p.error(f"--{flag.replace('_', '-')} has no effect with --rule {args.rule}, which has no feedback weights")
     recipe = RECIPES[args.dataset]
     args.model = args.model or recipe["model"]
     args.width = args.width or (recipe["width"] if args.model == recipe["model"] else WIDTHS[args.model])
     if args.depth and args.model == "resnet18":
         p.error("--depth has no effect on resnet18: choose --model cnn or mlp, or leave it out")
+    for flag in ("cut", "flatten"):
+        if getattr(args, flag) and args.model == "mlp" and args.depth == 1:
+            p.error(f"--{flag} has no effect on an mlp of depth 1, which has no hidden weights beside stem and classifier")
     args.epochs = args.epochs or recipe["epochs"]
     args.batch_size = args.batch_size or recipe["batch_size"]
     args.lr = args.lr or (0.05 if args.norm else 0.02)
@@ -184,16 +206,23 @@ class Trainer:
         torch.manual_seed(args.seed)
         depth = {"depth": args.depth} if args.depth else {}
         self.model = models.MODELS[args.model](len(dataset.classes), args.norm, args.width,
-                                               size=dataset.train_images.shape[-1], **depth)
+                                               size=dataset.train_images.shape[-1], init=args.init, **depth)
         # Channels last: the kernels need not reorder activations, a quarter less time for a step on a CPU.
         self.model.to(device, memory_format=torch.channels_last)
-        self.handle = fa.attach(self.model, fa.RULES[args.rule](seed=args.seed))
+        rule = fa.RULES[args.rule](seed=args.seed, gain=args.feedback_gain or 1.0, orthogonal=args.feedback_orthogonal)
+        self.handle = fa.attach(self.model, rule)
 
-        hidden, others = muon.split(self.model) if args.muon else ([], list(self.model.parameters()))
+        hidden, others = muon.split(self.model)
+        # intervene.py: an experiment upon the hidden updates, the same weights that Muon would have
+        change = intervene.flatten if args.flatten else partial(intervene.cut, r=args.cut) if args.cut else None
+        self.intervention = partial(intervene.updates, hidden, change) if change else contextlib.nullcontext
+        if not args.muon:
+            hidden, others = [], list(self.model.parameters())
         sgd = torch.optim.SGD(others, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
         self.optimisers = [(sgd, args.lr)]
         if hidden:
-            self.optimisers.insert(0, (muon.Muon(hidden, args.muon_lr, weight_decay=args.weight_decay), args.muon_lr))
+            decay = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
+            self.optimisers.insert(0, (muon.Muon(hidden, args.muon_lr, weight_decay=decay), args.muon_lr))
         self.step = 0
         self.steps_per_epoch = data.steps(len(self.train_images), args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
@@ -222,7 +251,7 @@ class Trainer:
             self.trajectory.add()
         # The update of an epoch's first step: at the very end the learning rate is so small that rounding would be measured.
         first = self.step % self.steps_per_epoch == 0
-        with self.recorder.watch_update() if self.recorder and first else contextlib.nullcontext():
+        with self.recorder.watch_update() if self.recorder and first else contextlib.nullcontext(), self.intervention():
             for optimiser, _ in self.optimisers:
                 optimiser.step()
         self.step += 1
@@ -273,7 +302,8 @@ class Trainer:
 # ---- a run -----------------------------------------------------------------------------------------------------
 
 def title(args: argparse.Namespace) -> str:
-    return " + ".join([args.rule, *["muon"] * args.muon, f"{args.norm} norm" if args.norm else "no norm"])
+    changed = [f"updates cut to rank {args.cut}"] * bool(args.cut) + ["flattened updates"] * args.flatten
+    return " + ".join([args.rule, *["muon"] * args.muon, f"{args.norm} norm" if args.norm else "no norm", *changed])
 
 
 def header(args: argparse.Namespace, trainer: Trainer) -> str:

@@ -94,6 +94,25 @@ def test_backprop_learns_a_batch_by_heart(name, kind):
     assert loss < 0.5
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("kind", ["batch", None])
+def test_the_initialisation_can_be_chosen(name, kind):
+    def weights(init):
+        torch.manual_seed(0)
+        return [m for m in models.MODELS[name](norm=kind, width=16, init=init).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+    for he, default in zip(weights("he")[:-1], weights("torch")[:-1]):          # the classifier is always torch's
+        fan_in = he.weight[0].numel()
+        scale = he.initialise.keywords["scale"]
+        assert he.weight.std().item() * fan_in ** 0.5 == pytest.approx(scale * 2 ** 0.5, rel=0.2)
+        assert default.weight.abs().max().item() * fan_in ** 0.5 == pytest.approx(1, rel=0.05)
+        assert not hasattr(default, "initialise")
+    chosen = weights("torch" if kind else "he")
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(weights(None), chosen))
+    with pytest.raises(ValueError, match="init"):
+        weights("xavier")
+
+
 def test_unknown_norm():
     with pytest.raises(ValueError, match="unknown normalisation"):
         models.cnn(norm="instance")

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import report
 import reproduce
 import train
 
@@ -12,7 +13,7 @@ TINY = "--dataset gratings --subset 64 --width 2 --epochs 1"
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """An experiment of two cells, with a README and a results folder of its own."""
-    experiment = reproduce.Experiment("a claim", TINY, {"backprop": "--rule bp", "FA": "--rule fa"}, {"FA": 1.5})
+    experiment = reproduce.Experiment("a claim", TINY, {"backprop": "--rule bp", "FA": "--rule fa"}, paper={"FA": 1.5})
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
@@ -50,7 +51,7 @@ def test_end_to_end_with_real_runs(tiny, capsys):
         assert line["final_test_accuracy"] == line["epochs"][-1]["test_accuracy"]
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     readme = (tiny / "README.md").read_text()
-    assert readme.startswith("before\n<!-- tiny -->\n| ") and readme.endswith("<!-- end -->\nafter\n")
+    assert readme.startswith("before\n<!-- tiny -->\n|  | test ") and readme.endswith("<!-- end -->\nafter\n")
     assert f"| FA | {100 * next(l for l in lines if l['label'] == 'FA')['final_test_accuracy']:.1f} | 1 | 1.5 | " in readme
     assert "2 of 2 runs" not in capsys.readouterr().out
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0
@@ -58,7 +59,7 @@ def test_end_to_end_with_real_runs(tiny, capsys):
 
 
 def test_recorded_ranks_become_columns_and_a_picture(tiny, monkeypatch, capsys):
-    experiment = reproduce.Experiment("a claim", TINY + " --rank", {"FA": "--rule fa"}, ranks=True)
+    experiment = reproduce.Experiment("a claim", TINY + " --rank", {"FA": "--rule fa"}, view="ranks")
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0
     (line,) = [json.loads(line) for line in (tiny / "results" / "tiny.jsonl").read_text().splitlines()]
@@ -70,12 +71,12 @@ def test_recorded_ranks_become_columns_and_a_picture(tiny, monkeypatch, capsys):
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     last["layers.1"]["gradient"] = None                         # an overflow
     line["rank"][-1]["trajectory"]["all layers"] = None
-    ranks = reproduce.final_ranks([line])
-    assert ranks[1].split(", ")[1] == "–" and ranks[3] == "–"
+    ranks = report.rank_table(experiment, [line]).splitlines()[-1].split(" | ")
+    assert ranks[4].split(", ")[1] == "–" and ranks[6] == "– |"
 
 
 def test_a_recorded_run_that_diverges_at_once_is_counted(tiny, monkeypatch, capsys):
-    experiment = reproduce.Experiment("a claim", TINY + " --rank --lr 1e30 --batch-size 16", {"FA": "--rule fa"}, ranks=True)
+    experiment = reproduce.Experiment("a claim", TINY + " --rank --lr 1e30 --batch-size 16", {"FA": "--rule fa"}, view="ranks")
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0
     assert "| FA | – (1 of 1 diverged) | 1 | " in (tiny / "README.md").read_text()
@@ -129,19 +130,20 @@ def test_the_table(tiny, monkeypatch):
     experiment = reproduce.EXPERIMENTS["tiny"]
     lost = {"label": "FA", "diverged": True, "final_test_accuracy": None}
     kept = {"label": "FA", "diverged": False, "final_test_accuracy": 0.25}
-    assert "| FA | 25.0 (1 of 2 diverged) | 2 | 1.5 | +23.5 |" in reproduce.table(experiment, [lost, kept])
-    assert "| FA | – (1 of 1 diverged) | 1 |" in reproduce.table(experiment, [lost])
-    assert "| backprop | not measured | 0 |" in reproduce.table(experiment, [lost])
+    assert "| FA | 25.0 (1 of 2 diverged) | 2 | 1.5 | +23.5 |" in report.table(experiment, [lost, kept])
+    assert "| FA | – (1 of 1 diverged) | 1 |" in report.table(experiment, [lost])
+    assert "| backprop | not measured | 0 |" in report.table(experiment, [lost])
 
 
 def test_a_grid_of_learning_rates(tiny, monkeypatch):
-    experiment = reproduce.Experiment("no claim", TINY, {"FA": "--rule fa", "FA + Muon": "--rule fa --muon"}, rates=(0.1, 0.2))
+    experiment = reproduce.Experiment("no claim", TINY, {"FA": "--rule fa --lr {}", "FA + Muon": "--rule fa --muon --muon-lr {}"},
+                                      {"0.1": "0.1", "0.2": "0.2"}, "learning rate", "sweep")
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
     calls = counted(monkeypatch)
     assert reproduce.main(["tiny"]) == 0 and len(calls) == 4
     assert [c.argv[-4:-2] for c in calls] == [["--lr", "0.1"], ["--lr", "0.2"], ["--muon-lr", "0.1"], ["--muon-lr", "0.2"]]
     readme = (tiny / "README.md").read_text()
-    assert "| learning rate of | 0.1 | 0.2 |\n| --- | --- | --- |\n| FA: lr | 50.0 | 50.0 |\n| FA + Muon: muon-lr |" in readme
+    assert "| learning rate | 0.1 | 0.2 |\n| --- | --- | --- |\n| FA | 50.0 | 50.0 |\n| FA + Muon | 50.0 |" in readme
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -150,6 +150,43 @@ def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
     assert (predicted == labels).float().mean().item() == pytest.approx(log[-1]["test_accuracy"])
 
 
+@pytest.mark.parametrize("args", [["--norm"], ["--norm", "--rule", "bp"], ["--norm", "--muon"]], ids=str)
+def test_interventions_change_the_rank_of_the_hidden_updates_and_of_no_other(args, tmp_path):
+    ranks = {}
+    for name, flags in {"plain": [], "cut": ["--cut", "1"], "flat": ["--flatten"]}.items():
+        run(*args, *flags, "--rank", out=tmp_path / name)
+        layers = json.loads((tmp_path / name / "rank.jsonl").read_text().splitlines()[1])["layers"]
+        ranks[name] = {layer: line["update"]["effective_rank"] for layer, line in layers.items()}
+        ceilings = {layer: line["update"]["ceiling"] for layer, line in layers.items()}
+    stem, *hidden, classifier = ranks["plain"]
+    for layer in hidden:
+        assert ranks["cut"][layer] == pytest.approx(1, abs=0.05) and ranks["plain"][layer] > 1.5
+        assert ranks["flat"][layer] == pytest.approx(ceilings[layer], rel=0.01)
+        assert ranks["plain"][layer] < 0.99 * ceilings[layer]
+    for layer in (stem, classifier):
+        assert ranks["cut"][layer] > 1.5 and ranks["flat"][layer] < 0.99 * ceilings[layer]
+
+
+def test_the_initialisation_and_the_feedback_as_asked(tmp_path):
+    def feedback(*args, name):
+        model = run(*args, out=tmp_path / name)[1]["model"]
+        return model["layers.2.feedback"]
+
+    plain, he = feedback("--norm", name="plain"), feedback("--norm", "--init", "he", name="he")
+    assert he.std() / plain.std() == pytest.approx(6 ** 0.5, rel=0.1)           # 2/fan_in to 1/(3 fan_in)
+    assert torch.equal(feedback("--norm", "--feedback-gain", "3", name="gain"), 3 * plain)
+    orthogonal = feedback("--norm", "--feedback-orthogonal", name="orthogonal")
+    sigma = torch.linalg.svdvals(orthogonal[:, :, 1, 2])
+    assert torch.allclose(sigma, sigma[:1].expand_as(sigma), rtol=1e-4)
+    assert orthogonal.norm().item() == pytest.approx(plain.norm().item())
+
+
+def test_muons_own_weight_decay(tmp_path):
+    for name, flags, decays in (("both", [], {1e-2}), ("own", ["--muon-weight-decay", "0"], {0.0, 1e-2})):
+        state = run("--muon", "--weight-decay", "0.01", *flags, out=tmp_path / name)[1]
+        assert {group["weight_decay"] for o in state["optimisers"] for group in o["param_groups"]} == decays
+
+
 def test_validation_never_sees_the_test_set(tmp_path, capsys, monkeypatch):
     few = data.gratings()
     spoilt = few._replace(test_images=few.test_images * 0, test_labels=few.test_labels * 0)
@@ -237,6 +274,14 @@ WRONG = {
     "--depth 0": "not an integer of at least 1",
     "--depth 3 --model resnet18": "no effect on resnet18",
     "--weight-decay -1": "at least 0",
+    "--muon-weight-decay 0": "no effect without --muon",
+    "--init xavier": "invalid choice: 'xavier'",
+    "--feedback-gain 0": "not a finite number above 0",
+    "--feedback-gain 3 --rule bp": "which has no feedback weights",
+    "--feedback-orthogonal --rule frozen": "which has no feedback weights",
+    "--cut 0": "not an integer of at least 1",
+    "--cut 3 --flatten": "not allowed with argument --cut",
+    "--cut 3 --model mlp --depth 1": "no hidden weights",
     "--rank 0": "not an integer of at least 1",
     "--seed -1": "at least 0",
     "--seed 99999999999999999999": "at most",
