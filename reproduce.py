@@ -51,7 +51,16 @@ class Experiment(NamedTuple):
 REPAIRS = {"backprop": "--rule bp", "FA": "--rule fa", "FA + Muon": "--rule fa --muon", "FA + norm": "--rule fa --norm",
            "FA + Muon + norm": "--rule fa --muon --norm"}
 ALL = {**{k.replace("FA", "backprop"): v.replace("fa", "bp") for k, v in REPAIRS.items() if k != "backprop"}, **REPAIRS}
+TUNED = {"backprop + Muon": 0.01, "backprop + norm": 0.03, "backprop + Muon + norm": 0.03, "backprop": 0.1, "FA": 0.01,
+         "FA + Muon": 0.01, "FA + norm": 0.03, "FA + Muon + norm": 0.03}        # the best of each row of results/tune.jsonl
 PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46.1}     # CIFAR-100, ResNet-18
+
+
+
+def rate_flag(own: str) -> str:
+    """The learning rate to tune for a run with these arguments: Muon's, where it has Muon."""
+    return "--muon-lr" if "--muon" in own else "--lr"
+
 
 EXPERIMENTS = {
     "quick": Experiment(
@@ -93,8 +102,20 @@ EXPERIMENTS = {
         "No claim: the same learning rates for every cell of the CIFAR-100 table, at a small scale (ResNet-18 of width 16, 10,000 "
         "training images, 5 epochs), measured on 10,000 other training images, never on the test set.",
         "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 5 --validate 10000",
-        {k: v + (" --muon-lr {}" if "Muon" in k else " --lr {}") for k, v in ALL.items()},
-        {lr: lr for lr in ("0.01", "0.03", "0.1")}, "learning rate, of Muon where there is Muon", "sweep"),
+        {k: f"{v} {rate_flag(v)} {{}}" for k, v in ALL.items()},
+        {lr: lr for lr in ("0.001", "0.003", "0.01", "0.03", "0.1")}, "learning rate, of Muon where there is Muon", "sweep"),
+    "cifar100-small": Experiment(
+        "The paper's headline table at a small scale: ResNet-18 of width 16, the first 10,000 training images of CIFAR-100, 10 "
+        "epochs, the whole test set, with the learning rates that `tune` found best.",
+        "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 10",
+        {**{k: f"{v} {rate_flag(v)} {TUNED[k]}" for k, v in ALL.items()}, "frozen features": "--rule frozen --norm"}, seeds=3),
+    "improve": Experiment(
+        "Beyond the paper: what lifts feedback alignment with both fixes further? The small scale of `cifar100-small`, measured on "
+        "10,000 other training images, never on the test set.",
+        "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 10 --validate 10000 --rule fa --muon --norm",
+        {"FA + Muon + norm": "", "B × 3": "--feedback-gain 3", "orthogonal B": "--feedback-orthogonal",
+         "B × 3, orthogonal": "--feedback-gain 3 --feedback-orthogonal", "Muon decay 0.05": "--muon-weight-decay 0.05",
+         "B × 3, Muon decay 0.05": "--feedback-gain 3 --muon-weight-decay 0.05"}),
     "cifar100": Experiment(
         "The paper's headline table: ResNet-18 on all of CIFAR-100, 100 epochs.",
         "--dataset cifar100", {**ALL, "frozen features": "--rule frozen --norm"}, paper=PAPER),

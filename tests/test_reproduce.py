@@ -1,7 +1,12 @@
 """reproduce.py: runs only what is missing, keeps every result, and writes README tables that cannot drift."""
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import ROOT
 
 import report
 import reproduce
@@ -96,6 +101,36 @@ def test_only_what_is_missing_is_run(tiny, monkeypatch):
     assert len((tiny / "results" / "tiny.jsonl").read_text().splitlines()) == 10
 
 
+def test_killed_half_way_and_resumed(tmp_path):
+    command = [sys.executable, str(ROOT / "reproduce.py"), "quick", "--out", "mine", "--device", "cpu",
+               "--set", "epochs=1", "subset=320", "width=2"]
+    results = tmp_path / "mine" / "quick.jsonl"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not results.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)                         # in the second of three runs
+    assert process.wait() == -signal.SIGKILL
+    first = results.read_text()
+    assert first.count("\n") == 1 and not (tmp_path / "mine" / "quick.png").exists()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and "1 of 3 runs are in mine/quick.jsonl already" in again.stdout
+    assert results.read_text().startswith(first) and results.read_text().count("\n") == 3
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["label"] for line in lines] == ["backprop", "FA", "FA + Muon + norm"] and all("rank" in line for line in lines)
+
+
+def test_a_result_without_the_ranks_that_are_asked_for_is_run_again(tiny, monkeypatch):
+    calls = counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0 and len(calls) == 2
+    experiment = reproduce.EXPERIMENTS["tiny"]
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "tiny", experiment._replace(common=TINY + " --rank"))
+    job = reproduce.jobs(reproduce.EXPERIMENTS["tiny"], 1, [])[0]
+    done = reproduce.read(tiny / "results" / "tiny.jsonl")
+    assert job.key in done and not reproduce.complete(job, done)
+    assert reproduce.complete(job, {job.key: {**done[job.key], "rank": []}})
+
+
 def test_results_of_ones_own(tiny, monkeypatch, capsys):
     calls = counted(monkeypatch)
     assert reproduce.main(["tiny"]) == 0
@@ -154,6 +189,15 @@ def test_check_goes_red_when_a_number_is_edited(tiny, monkeypatch):
     readme.write_text(readme.read_text().replace("50.0", "51.0"))
     assert reproduce.main(["--check"]) == 1
     assert reproduce.main(["tiny"]) == 0 and reproduce.main(["--check"]) == 0
+
+
+def test_the_tuned_learning_rates_are_the_grids_best():
+    lines = reproduce.lines_of("tune")
+    assert len(lines) == 8 * len(reproduce.EXPERIMENTS["tune"].columns)
+    for label, rate in reproduce.TUNED.items():
+        best = max((line for line in report.select(lines, label) if not line["diverged"]),
+                   key=lambda line: line["final_test_accuracy"])
+        assert float(best["column"]) == rate, label
 
 
 def test_the_real_readme_says_what_results_say():

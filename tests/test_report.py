@@ -1,0 +1,91 @@
+"""report.py: the numbers of the tables by hand, and every picture drawn."""
+import math
+
+import pytest
+
+import report
+import reproduce
+
+
+def line(label, accuracy, column="", error=(10.0, 20.0), gradient=(4.0, 8.0), trajectory=50.0, seed=0):
+    """A result as reproduce.py has it, of a network of three layers whose classifier is not counted."""
+    def record(epoch):
+        layers = {f"layer {i}": {"error": {"effective_rank": e, "ceiling": 512}, "gradient": g and {"effective_rank": g}}
+                  for i, (e, g) in enumerate(zip([*error, 1.0], [*gradient, 1.0]))}
+        return {"epoch": epoch, "layers": layers, "trajectory": {"all layers": {"effective_rank": trajectory, "rows": 9}}}
+
+    return {"label": label, "column": column, "seed": seed, "final_test_accuracy": accuracy, "diverged": accuracy is None,
+            "args": {"dataset": "cifar10", "validate": None}, "rank": [record(0), record(1)],
+            "epochs": [{"epoch": 1, "step": 7, "test_accuracy": accuracy}]}
+
+
+def cells(text):
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in text.splitlines()]
+
+
+SWEEP = reproduce.Experiment("a claim", "", {"MLP: FA": "", "MLP: backprop": "", "CNN: FA": "", "CNN: backprop": ""},
+                             {"2": "2", "12": "12"}, "hidden layers", "sweep")
+SWEPT = [line("MLP: FA", 0.5, "2"), line("MLP: FA", 0.6, "2", seed=1, error=(30.0, 40.0)), line("MLP: FA", None, "12"),
+         line("CNN: FA", 0.2, "2", error=(1.0, 2.0)), line("CNN: backprop", 0.3, "12")]
+
+
+def test_sweep_table():
+    head, _, mlp_fa, mlp_bp, cnn_fa, cnn_bp = cells(report.sweep_table(SWEEP, SWEPT))
+    assert head == ["hidden layers", "2", "12"]
+    assert mlp_fa == ["MLP: FA", "55.0 ± 7.1; 25", "– (1 of 1 diverged); –"]     # mean of 10, 20, 30, 40
+    assert mlp_bp == ["MLP: backprop", "not measured", "not measured"]
+    assert cnn_fa == ["CNN: FA", "20.0; 2", "not measured"]
+    assert cnn_bp == ["CNN: backprop", "not measured", "30.0; 15"]
+
+
+MAP = reproduce.Experiment("a claim", "", {"He: backprop": "", "He: FA": "", "torch's: backprop": "", "torch's: FA": ""},
+                           {"0.01": "0.01", "0.1": "0.1"}, "learning rate", "map")
+MAPPED = [line("He: backprop", 0.6, "0.01"), line("He: FA", 0.3, "0.01", (5.0, 40.0), (1.0, None), 100.0),
+          line("He: backprop", 0.6, "0.1"), line("He: FA", None, "0.1"), line("torch's: backprop", 0.1, "0.1")]
+
+
+def test_map_table_divides_feedback_alignments_rank_by_backprops():
+    head, _, *rows = cells(report.map_table(MAP, MAPPED))
+    assert head[2:] == ["backprop (%)", "FA (%)", "error δ", "gradient", "trajectory"]
+    assert rows[0] == ["He", "0.01", "60.0", "30.0", "0.50, 2.00", "0.25, –", "2.00"]
+    assert rows[1] == ["He", "0.1", "60.0", "– (1 of 1 diverged)", "–", "–", "–"]
+    assert rows[2][2:] == ["not measured", "not measured", "–", "–", "–"]
+    assert rows[3][2:] == ["10.0", "not measured", "–", "–", "–"]
+
+
+def test_rank_table_lists_the_layers_below_the_classifier():
+    experiment = reproduce.Experiment("a claim", "", {"FA": ""}, view="ranks")
+    lines = [line("FA", 0.5), line("FA", 0.7, error=(20.0, 30.0), seed=1)]
+    for result in lines:
+        for layer in result["rank"][-1]["layers"].values():
+            layer["update"] = {"effective_rank": 3.0}
+    assert cells(report.rank_table(experiment, lines))[-1] == ["FA", "60.0 ± 14.1", "2", "15, 25", "4, 8", "3, 3", "50"]
+
+
+@pytest.mark.parametrize("columns, expected", [(["2", "4", "12"], ([2.0, 4.0, 12.0], "linear")),
+                                               (["0.01", "0.1"], ([0.01, 0.1], "log")),
+                                               (["1", "all", "flattened"], ([0.0, 1.0, 2.0], "linear"))])
+def test_axis(columns, expected):
+    assert report.axis(columns) == (columns, *expected)
+
+
+@pytest.mark.parametrize("experiment, lines", [(SWEEP, SWEPT), (SWEEP, SWEPT[2:3]), (MAP, MAPPED), (MAP, MAPPED[-1:]),
+                                               (SWEEP, [{k: v for k, v in x.items() if k != "rank"} for x in SWEPT])])
+def test_every_picture_is_drawn_whatever_is_missing(experiment, lines, tmp_path):
+    report.VIEWS[experiment.view].draw(tmp_path / "picture.png", experiment, lines)
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_quick_picture(tmp_path):
+    experiment = reproduce.EXPERIMENTS["quick"]
+    lines = [line("backprop", 0.9), line("FA", None, error=(math.nan, 3.0)), line("FA + Muon + norm", 0.8)]
+    lines[1]["rank"][-1]["layers"]["layer 0"]["error"] = None
+    report.draw_quick(tmp_path / "picture.png", experiment, [x for x in lines])
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_experiment_has_a_view_and_colours():
+    for experiment in reproduce.EXPERIMENTS.values():
+        assert experiment.view in report.VIEWS
+        for label in experiment.cells:
+            assert report.colour(label).startswith("#")
