@@ -95,15 +95,26 @@ def table(experiment, lines: list[dict]) -> str:
 
 
 def rank_table(experiment, lines: list[dict]) -> str:
-    """The table, and the final effective ranks: of each hidden layer and the stem, in order; of the network's trajectory."""
+    """The table, and after the last epoch, by layer from the stem up to the last before the classifier: effective ranks of the
+    error, gradient and update; that of the network's trajectory; mean |cos| between the activations of different images at the
+    layer's output; degrees between the gradient and backprop's.
+    """
     head, rule, *rows = table(experiment, lines).splitlines()
-    result = [head + " error δ | gradient | update | trajectory |", rule + " --- |" * 4]
+    result = [head + " error δ | gradient | update | trajectory | cosine | angle |", rule + " --- |" * 6]
     for label, row in zip(experiment.cells, rows):
         finals = [line["rank"][-1] for line in select(lines, label)]
-        texts = [", ".join(mean(list(layer)) for layer in zip(*[effective_ranks(final, kind) for final in finals])) or "–"
-                 for kind in ("error", "gradient", "update")]
-        result.append(row + "".join(f" {text} |" for text in [*texts, mean([trajectory_rank(final) for final in finals])]))
+        layers = [list(final["layers"].values()) for final in finals]
+        texts = [by_layer([effective_ranks(final, kind) for final in finals]) for kind in ("error", "gradient", "update")]
+        texts.append(mean([trajectory_rank(final) for final in finals]))
+        texts.append(by_layer([[layer["cosine"] for layer in each[1:]] for each in layers], digits=2))
+        texts.append(by_layer([[layer["angle_gradient"] for layer in each[:-1]] for each in layers]))
+        result.append(row + "".join(f" {text} |" for text in texts))
     return "\n".join(result)
+
+
+def by_layer(seeds: list[list[float | None]], digits: int = 0) -> str:
+    """Each layer's mean over the seeds."""
+    return ", ".join(mean(list(layer), digits) for layer in zip(*seeds)) or "–"
 
 
 def sweep_table(experiment, lines: list[dict]) -> str:
@@ -282,14 +293,16 @@ def draw_map(path: Path, experiment, lines: list[dict]) -> None:
                                   aspect="auto", extent=(-0.5, epochs - 0.5, 0.5, depth + 0.5))
                 ax.set_xlim(-0.5, len(bp[0]["rank"]) - 0.5)
                 ax.set_yticks(range(1, depth + 1))
-            if i == 0:
-                ax.set_title(f"{experiment.axis} {column}", fontsize=11)
-            if j == 0:
-                ax.set_ylabel(f"{kinds[kind]}\n{panel}\nlayer")
-            if i == len(grid) - 1:
-                ax.set_xlabel("epoch")
+                ax.set_xticks(range(0, len(bp[0]["rank"]), 5))
+            title = f"{experiment.axis} {column}\n" * (i == 0)
+            if kind == "error":
+                title += f"backprop {mean([mean_accuracy(bp)])} %, FA {mean([mean_accuracy(fa)])} %"
+            ax.set_title(title, fontsize=11)
+            ax.set_ylabel(f"{panel}\n{kinds[kind]}\nlayer" if j == 0 else "", fontsize=12)
+            ax.set_xlabel("epoch" if i == len(grid) - 1 else "", fontsize=12)
     if image is not None:
-        bar = figure.colorbar(image, ax=grid, shrink=0.5, label="effective rank of FA ÷ of backprop", extend="both")
+        bar = figure.colorbar(image, ax=grid, shrink=0.5, extend="both")
+        bar.set_label("effective rank of FA ÷ of backprop", fontsize=12)
         bar.set_ticks([-4, -2, 0, 2, 4], labels=["1/16", "1/4", "1", "4", "16"])
     save(figure, path)
 

@@ -10,7 +10,8 @@ import reproduce
 def line(label, accuracy, column="", error=(10.0, 20.0), gradient=(4.0, 8.0), trajectory=50.0, seed=0):
     """A result as reproduce.py has it, of a network of three layers whose classifier is not counted."""
     def record(epoch):
-        layers = {f"layer {i}": {"error": {"effective_rank": e, "ceiling": 512}, "gradient": g and {"effective_rank": g}}
+        layers = {f"layer {i}": {"error": {"effective_rank": e, "ceiling": 512}, "gradient": g and {"effective_rank": g},
+                              "cosine": i / 4, "angle_gradient": 30.0 * i if i else None}
                   for i, (e, g) in enumerate(zip([*error, 1.0], [*gradient, 1.0]))}
         return {"epoch": epoch, "layers": layers, "trajectory": {"all layers": {"effective_rank": trajectory, "rows": 9}}}
 
@@ -59,7 +60,8 @@ def test_rank_table_lists_the_layers_below_the_classifier():
     for result in lines:
         for layer in result["rank"][-1]["layers"].values():
             layer["update"] = {"effective_rank": 3.0}
-    assert cells(report.rank_table(experiment, lines))[-1] == ["FA", "60.0 ± 14.1", "2", "15, 25", "4, 8", "3, 3", "50"]
+    assert cells(report.rank_table(experiment, lines))[-1] == ["FA", "60.0 ± 14.1", "2", "15, 25", "4, 8", "3, 3", "50",
+                                                                  "0.25, 0.50", "–, 30"]
 
 
 @pytest.mark.parametrize("columns, expected", [(["2", "4", "12"], ([2.0, 4.0, 12.0], "linear")),

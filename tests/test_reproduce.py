@@ -71,13 +71,13 @@ def test_recorded_ranks_become_columns_and_a_picture(tiny, monkeypatch, capsys):
     assert [record["epoch"] for record in line["rank"]] == [0, 1]
     last = line["rank"][-1]["layers"]
     wanted = ", ".join(f"{last[f'layers.{i}']['gradient']['effective_rank']:.0f}" for i in range(4))
-    assert f" | {wanted} | " in (tiny / "README.md").read_text() and "| error δ | gradient | update | trajectory |" in \
+    assert f" | {wanted} | " in (tiny / "README.md").read_text() and "| error δ | gradient | update | trajectory | cosine |" in \
         capsys.readouterr().out
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     last["layers.1"]["gradient"] = None                         # an overflow
     line["rank"][-1]["trajectory"]["all layers"] = None
     ranks = report.rank_table(experiment, [line]).splitlines()[-1].split(" | ")
-    assert ranks[4].split(", ")[1] == "–" and ranks[6] == "– |"
+    assert ranks[4].split(", ")[1] == "–" and ranks[6] == "–"
 
 
 def test_a_recorded_run_that_diverges_at_once_is_counted(tiny, monkeypatch, capsys):
