@@ -87,7 +87,10 @@ EXPERIMENTS = {
         "Is it the rank? Backprop is forced to updates of rank r, feedback alignment to updates of full rank (intervene.py). "
         "The 4-layer CNN of width 16, the first 10,000 training images of CIFAR-10, 10 epochs, Nesterov SGD.",
         "--dataset cifar10 --width 16 --subset 10000 --epochs 10 {}",
-        {k: ALL[k] for k in ("backprop", "backprop + norm", "FA", "FA + norm")},
+        {f"{panel}: {label}{norm}": f"{REPAIRS[label]} {own}"
+         for panel, own, norm in (("learning rate 0.02", "--lr 0.02", ""), ("learning rate 0.005", "--lr 0.005", ""),
+                                  ("batch norm, learning rate 0.05", "--lr 0.05 --norm", " + norm"))
+         for label in ("backprop", "FA")},
         {**{r: f"--cut {r}" for r in ("1", "2", "4", "8", "16", "32")}, "all": "", "flattened": "--flatten"},
         "singular values kept, r", "sweep"),
     "depth": Experiment(
@@ -204,7 +207,8 @@ def run_missing(path: Path, missing: list[Job], done: dict[str, dict], args: arg
                     done[job.key] = line
                     runs.write_log(path, list(done.values()))
                     show("")
-                    print(f"{job.label}, seed {line['seed']}: {report.percent(line)}, {train.span(line['seconds'])}", flush=True)
+                    print(", ".join([job.label, *[job.column] * bool(job.column), f"seed {line['seed']}"])
+                          + f": {report.percent(line)}, {train.span(line['seconds'])}", flush=True)
                 epochs = finished + sum(log.read_text().count("\n") for _, log in list(running.values()) if log.exists())
                 left = train.span((time.time() - began) / epochs * (total - epochs)) if epochs else "unknown time"
                 show(f"{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left")
