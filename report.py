@@ -112,6 +112,14 @@ def rank_table(experiment, lines: list[dict]) -> str:
     return "\n".join(result)
 
 
+def quick_table(experiment, lines: list[dict]) -> str:
+    """The table, and the effective ranks of the error after the last epoch, by layer from the stem up."""
+    head, rule, *rows = table(experiment, lines).splitlines()
+    ranks = [by_layer([effective_ranks(line["rank"][-1], "error") for line in select(lines, label)])
+             for label in experiment.cells]
+    return "\n".join([head + " rank of the error δ |", rule + " --- |", *[f"{row} {text} |" for row, text in zip(rows, ranks)]])
+
+
 def by_layer(seeds: list[list[float | None]], digits: int = 0) -> str:
     """Each layer's mean over the seeds."""
     return ", ".join(mean(list(layer), digits) for layer in zip(*seeds)) or "–"
@@ -312,5 +320,5 @@ class View(NamedTuple):
     draw: Callable
 
 
-VIEWS = {"epochs": View(table, draw_epochs), "quick": View(rank_table, draw_quick), "ranks": View(rank_table, draw_ranks),
+VIEWS = {"epochs": View(table, draw_epochs), "quick": View(quick_table, draw_quick), "ranks": View(rank_table, draw_ranks),
          "sweep": View(sweep_table, draw_sweep), "map": View(map_table, draw_map)}

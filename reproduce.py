@@ -102,8 +102,8 @@ EXPERIMENTS = {
          for label, own in {"backprop + norm": ALL["backprop + norm"], **REPAIRS}.items()},
         {depth: depth for depth in ("2", "4", "8", "12")}, "hidden layers", "sweep"),
     "tune": Experiment(
-        "No claim: the same learning rates for every cell of the CIFAR-100 table, at a small scale (ResNet-18 of width 16, 10,000 "
-        "training images, 5 epochs), measured on 10,000 other training images, never on the test set.",
+        "No claim: the same learning rates for every cell of the CIFAR-100 table, at a small scale (ResNet-18 of width 16, "
+        "10,000 training images, 5 epochs), measured on 10,000 other training images, never on the test set.",
         "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 5 --validate 10000",
         {k: f"{v} {rate_flag(v)} {{}}" for k, v in ALL.items()},
         {lr: lr for lr in ("0.001", "0.003", "0.01", "0.03", "0.1")}, "learning rate, of Muon where there is Muon", "sweep"),
@@ -113,8 +113,8 @@ EXPERIMENTS = {
         "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 10",
         {**{k: f"{v} {rate_flag(v)} {TUNED[k]}" for k, v in ALL.items()}, "frozen features": "--rule frozen --norm"}, seeds=3),
     "improve": Experiment(
-        "Beyond the paper: what lifts feedback alignment with both fixes further? The small scale of `cifar100-small`, measured on "
-        "10,000 other training images, never on the test set.",
+        "Beyond the paper: what lifts feedback alignment with both fixes further? The small scale of `cifar100-small`, measured "
+        "on 10,000 other training images, never on the test set.",
         "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 10 --validate 10000 --rule fa --muon --norm",
         {"FA + Muon + norm": "", "B × 3": "--feedback-gain 3", "orthogonal B": "--feedback-orthogonal",
          "B × 3, orthogonal": "--feedback-gain 3 --feedback-orthogonal", "Muon decay 0.05": "--muon-weight-decay 0.05",
