@@ -167,12 +167,12 @@ def colour(label: str) -> str:
     return COLOURS[label.rpartition(": ")[2]]
 
 
-def figure_of(*shape: int, size: tuple[float, float]):
+def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none"):
     """(figure, axes as an array of that shape): no display needed, no frame around the axes."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -243,7 +243,8 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
     """Accuracy against the columns, a panel for each kind of network; below it the rank of the error, where recorded."""
     recorded = all("rank" in line for line in lines)
     names = panels(experiment)
-    figure, grid = figure_of(1 + recorded, len(names), size=(max(7.5, 5 * len(names)), 4 + 3 * recorded))
+    figure, grid = figure_of(1 + recorded, len(names), sharey="row",
+                             size=(max(7.5, 2 + 4 * len(names)), 4 + 3 * recorded))
     ticks, positions, scale = axis(list(experiment.columns))
     for j, panel in enumerate(names):
         for label in [label for label in experiment.cells if label.rpartition(": ")[0] == panel]:
@@ -263,7 +264,8 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
     grid[0, 0].set_ylabel(f"{'held-out' if held_out else 'test'} accuracy (%)")
     if recorded:
         grid[1, 0].set_ylabel("effective rank of the error δ,\nmean of the layers")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    handles = {label: line for ax in grid[0] for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     save(figure, path)
 
 

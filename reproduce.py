@@ -91,7 +91,7 @@ EXPERIMENTS = {
          for panel, own, norm in (("learning rate 0.02", "--lr 0.02", ""), ("learning rate 0.005", "--lr 0.005", ""),
                                   ("batch norm, learning rate 0.05", "--lr 0.05 --norm", " + norm"))
          for label in ("backprop", "FA")},
-        {**{r: f"--cut {r}" for r in ("1", "2", "4", "8", "16", "32")}, "all": "", "flattened": "--flatten"},
+        {**{r: f"--cut {r}" for r in ("1", "2", "4", "8", "16", "32")}, "all": "", "equal": "--flatten"},
         "singular values kept, r", "sweep"),
     "depth": Experiment(
         "The deeper the network, the worse feedback alignment, and the more the fixes are worth. MLP of width 256 and CNN of "
