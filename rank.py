@@ -353,7 +353,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if len(args.runs) > len(COLOURS):
             raise ValueError(f"{len(args.runs)} runs are more than can be told apart; choose at most {len(COLOURS)}")
-        draw(args.out, [read(run) for run in args.runs])
+        read_runs = [read(run) for run in args.runs]
+        labels = [label for label, _ in read_runs]
+        draw(args.out, [(f"{label} ({run.name})" if labels.count(label) > 1 else label, records)
+                        for run, (label, records) in zip(args.runs, read_runs)])
     except (ValueError, OSError) as e:
         print(f"rank.py: {e}", file=sys.stderr)
         return 2

@@ -189,7 +189,7 @@ def test_the_sketch_changes_the_measured_rank_by_less_than_5_percent(true_rank):
     assert sketched.rows["0"][0].numel() == 8192 and b["0"]["rows"] == 200
 
 
-def test_the_picture_and_its_errors(tmp_path, capsys):
+def test_the_picture_and_its_errors(tmp_path, capsys, monkeypatch):
     model, handle, x, labels = small()
     recorder, trajectory = rank.Recorder(model, handle, x, labels), rank.Trajectory(model)
     F.cross_entropy(model(x), labels).backward()
@@ -206,6 +206,12 @@ def test_the_picture_and_its_errors(tmp_path, capsys):
     picture = tmp_path / "rank.png"
     assert rank.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(picture)]) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    labels = []
+    monkeypatch.setattr(rank, "draw", lambda path, runs: labels.append([label for label, _ in runs]))
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    assert rank.main([str(tmp_path / name) for name in "abc"]) == 0            # equal labels are told apart by the folder
+    assert labels == [["fa + no norm (a)", "fa + muon + no norm", "fa + no norm (c)"]]
+    monkeypatch.undo()
     capsys.readouterr()
     for wrong in ([str(tmp_path)], [str(tmp_path / "a")] * 8, [str(tmp_path / "a"), "--out", str(tmp_path / "no" / "x.png")]):
         assert rank.main(wrong) == 2
