@@ -30,9 +30,13 @@ def percent(line: dict) -> str:
     return f"{100 * line['final_test_accuracy']:.1f} %"
 
 
+def accuracies(cell: list[dict]) -> list[float]:
+    """In %, of the seeds that did not diverge."""
+    return [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
+
+
 def mean_accuracy(cell: list[dict]) -> float | None:
-    """In %, over the seeds that did not diverge."""
-    known = [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
+    known = accuracies(cell)
     return statistics.mean(known) if known else None
 
 
@@ -40,12 +44,12 @@ def accuracy(cell: list[dict]) -> str:
     """Mean ± standard deviation in %, and how many runs diverged."""
     if not cell:
         return "not measured"
-    accuracies = [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
-    text = f"{statistics.mean(accuracies):.1f}" if accuracies else "–"
-    if len(accuracies) > 1:
-        text += f" ± {statistics.stdev(accuracies):.1f}"
-    if len(accuracies) < len(cell):
-        text += f" ({len(cell) - len(accuracies)} of {len(cell)} diverged)"
+    known = accuracies(cell)
+    text = f"{statistics.mean(known):.1f}" if known else "–"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):.1f}"
+    if len(known) < len(cell):
+        text += f" ({len(cell) - len(known)} of {len(cell)} diverged)"
     return text
 
 
@@ -137,7 +141,7 @@ def sweep_table(experiment, lines: list[dict]) -> str:
 
 
 def map_table(experiment, lines: list[dict]) -> str:
-    """A row for each initialisation and learning rate: accuracies of backprop and FA, and by layer FA's rank ÷ backprop's."""
+    """A row for each initialisation and learning rate: accuracies, and by layer FA's rank ÷ backprop's, of seed 0."""
     rows = []
     for panel in panels(experiment):
         for column in experiment.columns:
@@ -191,7 +195,7 @@ def draw_epochs(path: Path, experiment, lines: list[dict]) -> None:
 
 
 def draw_quick(path: Path, experiment, lines: list[dict]) -> None:
-    """Left the accuracy by epoch, right the rank of the error by layer: the failure, and its cause."""
+    """Left the accuracy by epoch, right the rank of the error by layer: the failure, and what the error looks like then."""
     figure, axes = figure_of(1, 2, size=(11, 4))
     accuracy_by_epoch(axes[0, 0], experiment, lines)
     right = axes[0, 1]
@@ -283,7 +287,7 @@ def axis(columns: list[str]) -> tuple[list[str], list[float], str]:
 
 
 def draw_map(path: Path, experiment, lines: list[dict]) -> None:
-    """Heat maps of FA's rank ÷ backprop's: a panel for each initialisation, quantity and learning rate; layer by epoch."""
+    """Heat maps of FA's rank ÷ backprop's: a panel for each quantity, initialisation and rate; seed 0."""
     from matplotlib.colors import TwoSlopeNorm
     names, columns, kinds = panels(experiment), list(experiment.columns), {"error": "error δ", "gradient": "weight gradient"}
     rows = [(panel, kind) for kind in kinds for panel in names]
