@@ -16,14 +16,15 @@ matrix of W's shape instead; with φ the nonlinearity, layer by layer (Boeshertz
 B, so that the random errors become useful ones. `python fa.py` shows the angles fall.
 
 In this file a *rule* says how the error crosses one layer, and nothing else: loss, nonlinearities, normalisation,
-pooling and additions keep autograd's own backward. A new rule overrides one method:
+pooling and additions keep autograd's own backward. A new rule overrides one short method, or two:
 
-    class Signs(fa.FA):                                    # sign-symmetry: B's magnitudes, W's signs
+    class Unreliable(fa.FA):                               # what if half of the feedback synapses fail, other ones each time?
         def backward(self, layer, error, input_shape):
-            return fa.project(layer, layer.weight.sign() * layer.feedback.abs(), error, input_shape)
+            return fa.project(layer, F.dropout(layer.feedback), error, input_shape)
 
-    handle = fa.attach(model, Signs(seed=0))               # any model made of nn.Linear and nn.Conv2d
+    handle = fa.attach(model, Unreliable(seed=0))          # any model made of nn.Linear and nn.Conv2d
     loss.backward()                                        # now fills the rule's gradients
+    handle.before_step()                                   # some rules learn their feedback weights
     handle.remove()                                        # plain backprop again
 
 How it works: `attach` runs each layer on a detached input, which cuts the true path, so Wᵀδ is neither computed nor
@@ -37,12 +38,15 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 Layer = nn.Linear | nn.Conv2d
+ELEMENTWISE = nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.PReLU      # no error crosses their weights by a matrix
 
 
 # ---- the error crosses one layer -------------------------------------------------------------------------------
@@ -86,6 +90,8 @@ def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
 
 def check(layer: Layer) -> None:
     """Raise ValueError if no error can be projected through this layer."""
+    if isinstance(layer.weight, UninitializedParameter):
+        raise ValueError(f"{layer} has no weights yet: run the model forward once, then attach")
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         raise ValueError(f"{layer}: feedback goes through zero-padded convolutions only, "
                          f"not padding_mode={layer.padding_mode!r}")
@@ -96,11 +102,14 @@ def check(layer: Layer) -> None:
 class Rule:
     """How the error crosses a layer on its way back. Subclass it, override `backward`, and `attach` it.
 
-    seed        of the feedback weights
+    seed        of the feedback weights; the same seed draws the same on every machine
     gain        B is drawn so many times larger than W. It matters where another path carries the error too: a residual
                 block's shortcut is exact, so the gain weighs the branch against it
     orthogonal  B at each kernel position is made orthogonal, of the norm drawn, so that it favours no direction
+    uses_weight (of the class) its backward reads layer.weight, and so transports weights, in whole or in part
     """
+
+    uses_weight = False
 
     def __init__(self, seed: int = 0, gain: float = 1.0, orthogonal: bool = False):
         # W is usually drawn after torch.manual_seed(seed). Another stream keeps B independent of it.
@@ -117,8 +126,8 @@ class Rule:
         """
         raise NotImplementedError(f"{type(self).__name__} has no backward(layer, error, input_shape)")
 
-    def before_step(self) -> None:
-        """Called after the backward pass and before the optimiser's step, for rules whose feedback learns."""
+    def before_step(self, layer: Layer) -> None:
+        """Called for each hidden layer between the backward pass and the optimiser's step, for feedback that learns."""
 
     def draw(self, layer: Layer) -> Tensor:
         """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every device (but for
@@ -127,10 +136,12 @@ class Rule:
         The initialiser is `layer.initialise(tensor, generator=...)` where the model says one, else torch's default for
         Linear and Conv2d: uniform in ±1/√fan_in.
         """
-        initialise = getattr(layer, "initialise", _torch_default)
-        drawn = initialise(torch.empty(layer.weight.shape), generator=self.generator)
-        drawn = self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
+        drawn = self._draw(layer.weight.shape, getattr(layer, "initialise", _torch_default))
         return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)  # its device, dtype and memory format
+
+    def _draw(self, shape: torch.Size, initialise: Callable[..., Tensor]) -> Tensor:
+        drawn = initialise(torch.empty(shape), generator=self.generator)
+        return self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
 
 
 def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -148,6 +159,8 @@ def _orthogonal(weight: Tensor) -> Tensor:
 class BP(Rule):
     """Backprop: δ_in = Wᵀδ. It is what autograd does already, so `attach` leaves the model as it is."""
 
+    uses_weight = True
+
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
         return project(layer, layer.weight, error, input_shape)
 
@@ -162,6 +175,62 @@ class FA(Rule):
         return project(layer, layer.feedback, error, input_shape)
 
 
+class DFA(Rule):
+    """Direct feedback alignment: δ_in = Bᵀe, straight from the output's error e = ∂loss/∂logits (Nøkland 2016).
+
+    Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the classes
+    would be, so for the classifier itself DFA and FA are one. No error passes from layer to layer: what comes in is not
+    used, only where it came from. Expect of it: near FA in fully connected and shallow networks, behind it in deep
+    convolutional ones. B takes units × classes of memory, hundreds of MB in a wide ResNet for 100 classes.
+    """
+
+    def prepare(self, layer: Layer) -> None:
+        layer.register_buffer("feedback", layer.weight.new_empty(0))    # its size is known when the first error comes
+        self.output = self.error = None
+
+    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
+        if self.output is None:                         # the first error of the first backward pass is the classifier's
+            self.output = layer
+        if layer is self.output:
+            self.error = error.flatten(1) if error.dim() > 1 else error[None]       # e: (N, classes)
+        images, classes = self.error.shape
+        if layer.feedback.numel() == 0:
+            layer.feedback = self._draw((classes, input_shape.numel() // images), _torch_default).to(layer.weight)
+        return (self.error @ layer.feedback.to(error.dtype)).reshape(input_shape)
+
+
+class SignSymmetry(FA):
+    """Sign-symmetry: δ_in = (sign W ⊙ |B|)ᵀδ, the signs of W and the magnitudes of B (uSF: Liao, Leibo & Poggio 2016).
+
+    A synapse must know one bit of another. Expect of it: nearly backprop, even on ImageNet (Xiao et al. 2018), which says
+    that what FA lacks is the sign.
+    """
+
+    uses_weight = True
+
+    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
+        return project(layer, layer.weight.sign() * layer.feedback.abs(), error, input_shape)
+
+
+class KolenPollack(FA):
+    """Kolen–Pollack: δ_in = Bᵀδ, and B takes the same updates as W (Kolen & Pollack 1994; Akrout et al. 2019).
+
+        W ← (1 - ηλ) W + ΔW        B ← (1 - ηλ) B + ΔW        so  W - B  ←  (1 - ηλ) (W - B)
+
+    No weight is transported, only a locally known update; the weight decay λ forgets the difference, and ∠(W, B) falls
+    to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)); without weight
+    decay, never.
+
+    B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W.
+    """
+
+    def prepare(self, layer: Layer) -> None:
+        layer.feedback = nn.Parameter(self.draw(layer))
+
+    def before_step(self, layer: Layer) -> None:
+        layer.feedback.grad = None if layer.weight.grad is None else layer.weight.grad.clone()
+
+
 class Frozen(Rule):
     """No error: hidden layers stay as they were drawn, and the classifier learns on random features.
 
@@ -173,7 +242,7 @@ class Frozen(Rule):
         return None
 
 
-RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "frozen": Frozen}
+RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "sign": SignSymmetry, "kp": KolenPollack, "frozen": Frozen}
 
 
 # ---- the hooks -------------------------------------------------------------------------------------------------
@@ -185,10 +254,12 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[nn.Module] | None = None
     Linear or Conv2d that the model registered; name the layers if that is wrong, or give () where even the data needs
     a gradient. The model is changed in place; with the rule `bp` it is not changed at all.
 
+    Layers of other types that carry the error by weights, such as ConvTranspose2d, keep exact backprop; a warning names them.
+
     Raises ValueError if a layer already has a rule or cannot be projected through; the model is then untouched.
     Attach before the model goes into DistributedDataParallel, and after loading a checkpoint saved without a rule.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
+    layers, unknown = find(model)
     stem = list(layers.values())[:1] if stem is None else list(stem)
     hidden = {name: layer for name, layer in layers.items() if not any(layer is s for s in stem)}
     if isinstance(rule, BP):
@@ -198,7 +269,26 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[nn.Module] | None = None
             raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its handle first")
     for layer in hidden.values():
         check(layer)
+    if hidden and unknown:
+        warnings.warn(f"{type(rule).__name__} goes through Linear and Conv2d only; exact backprop goes through "
+                      + ", ".join(f"{name} ({type(m).__name__})" for name, m in unknown.items()), stacklevel=2)
     return Attachment(model, rule, hidden, stem)
+
+
+def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
+    """(layers, unknown) by name: what a rule goes through, and the other modules whose weights carry an error by a matrix."""
+    layers, unknown, inside = {}, {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):           # reads the weight of its out_proj, but never calls it
+            inside.update(module.modules())
+        matrices = [p for p in module.parameters(recurse=False) if isinstance(p, UninitializedParameter) or
+                    sum(size > 1 for size in p.shape) > 1]
+        if isinstance(module, Layer):
+            if module not in inside:
+                layers[name] = module
+        elif matrices and not isinstance(module, ELEMENTWISE):
+            unknown[name] = module
+    return layers, unknown
 
 
 class Attachment:
@@ -214,6 +304,7 @@ class Attachment:
         self._in_place = [m for m in model.modules() if layers and getattr(m, "inplace", False) is True]
         for module in self._in_place:
             module.inplace = False
+        self._load_hook = model.register_load_state_dict_pre_hook(_fit)
         self._made = {}
         for name, layer in layers.items():
             before = {*layer._buffers, *layer._parameters}
@@ -224,7 +315,8 @@ class Attachment:
 
     def before_step(self) -> None:
         """Call after the backward pass and before the optimiser's step."""
-        self.rule.before_step()
+        for layer in self.layers.values():
+            self.rule.before_step(layer)
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -238,6 +330,7 @@ class Attachment:
     def remove(self) -> None:
         """Make the model plain again: exact backprop, no feedback weights, in-place activations as they were."""
         self._disconnect()
+        self._load_hook.remove()
         for name, layer in self.layers.items():
             for made in self._made[name]:
                 delattr(layer, made)
@@ -293,10 +386,33 @@ def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple
     error = layer.rule.backward(layer, grad_output[0], placeholder.shape)
     if error is None:
         return (None,)
-    if error.shape != placeholder.shape:
-        raise RuntimeError(f"{type(layer.rule).__name__}.backward returned an error of shape {tuple(error.shape)} for "
-                           f"{layer}, whose input has shape {tuple(placeholder.shape)}")
-    return (error.to(placeholder.dtype),)               # under autocast δ_out may be bf16 and the input float32
+    # Under autocast δ_out may be bf16 and the input float32: both will do.
+    if not isinstance(error, Tensor) or error.shape != placeholder.shape or error.device != placeholder.device \
+            or error.dtype not in (grad_output[0].dtype, placeholder.dtype):
+        raise RuleError(layer, error, placeholder, grad_output[0])
+    return (error.to(placeholder.dtype),)
+
+
+class RuleError(RuntimeError):
+    """A rule's backward returned what cannot be the error at the layer's input."""
+
+    def __init__(self, layer: Layer, got: object, placeholder: Tensor, error: Tensor):
+        def text(x: object) -> str:
+            return f"a tensor of shape {tuple(x.shape)}, {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"{got!r:.80}"
+
+        method = type(layer.rule).backward
+        where = f"{method.__code__.co_filename}, line {method.__code__.co_firstlineno}: " if hasattr(method, "__code__") else ""
+        super().__init__(f"{where}{type(layer.rule).__name__}.backward returned {text(got)} for {layer}; expected the error at "
+                         f"its input, shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, or None")
+
+
+def _fit(model: nn.Module, state: dict, prefix: str, *_) -> None:
+    """Before load_state_dict: buffers that are, or were when saved, not drawn yet take the saved size."""
+    for name, layer in model.named_modules(prefix=prefix.rstrip(".")):
+        for key, buffer in list(layer._buffers.items()) if hasattr(layer, "rule") else []:
+            saved = state.get(f"{name}.{key}" if name else key)
+            if buffer is not None and saved is not None and 0 in (buffer.numel(), saved.numel()):
+                setattr(layer, key, buffer.new_empty(saved.shape))
 
 
 def _stem_is_first(layer: Layer, args: tuple) -> None:

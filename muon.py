@@ -130,10 +130,12 @@ def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
     Hidden are the weights of every Linear and Conv2d but the first registered (the stem, whose input is the data) and
     the last (the classifier, whose output is the classes); for those two, as for gains and biases, "every direction
-    counts the same" is not what is wanted (Jordan et al. 2024).
+    counts the same" is not what is wanted (Jordan et al. 2024). A second parameter of the weight's shape, such as feedback
+    that learns (fa.py), goes where the weight goes.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    hidden = [layer.weight for layer in layers[1:-1] if layer.weight.requires_grad]
+    hidden = [p for layer in layers[1:-1] for p in layer.parameters(recurse=False)
+              if p.requires_grad and p.shape == layer.weight.shape]
     chosen = {id(p) for p in hidden}
     return hidden, [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
 

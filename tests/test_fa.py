@@ -29,7 +29,7 @@ def gradients(model, x, labels=None):
     y = model(x)
     loss = F.cross_entropy(y.float() if y.dtype == torch.bfloat16 else y, labels) if labels is not None else y.square().sum()
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if not name.endswith("feedback")}
 
 
 def relative(a, b):
@@ -455,7 +455,7 @@ def test_wrong_use_is_an_error_that_changes_nothing():
 
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     fa.attach(model, Wrong())
-    with pytest.raises(RuntimeError, match=r"Wrong.backward returned an error of shape \(5, 1\)"):
+    with pytest.raises(RuntimeError, match=r"Wrong.backward returned a tensor of shape \(5, 1\)"):
         model(torch.randn(5, 3)).sum().backward()
 
 
