@@ -267,7 +267,7 @@ def read(run: Path) -> tuple[str, list[dict]]:
         records = [json.loads(line) for line in (run / "rank.jsonl").read_text().splitlines()]
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{run} has no record of ranks ({e}); make one with train.py --rank") from e
-    return " + ".join([args["rule"], *["muon"] * args["muon"], args["norm"] or "no norm"]), records
+    return " + ".join([args["rule"].rpartition(":")[2], *["muon"] * args["muon"], args["norm"] or "no norm"]), records
 
 
 def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] = COLOURS) -> None:

@@ -20,6 +20,7 @@ COLOURS = {"backprop": "#888888", "backprop + norm": "#000000", "backprop + Muon
            "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2",
            "B × 3": "#D55E00", "orthogonal B": "#009E73", "B × 3, orthogonal": "#000000", "Muon decay 0.05": "#E69F00",
            "B × 3, Muon decay 0.05": "#CC79A7"}                            # Okabe & Ito 2008: safe for the colour-blind
+OTHERS = ("#AA4499", "#882255", "#117733", "#661100", "#44AA99")          # Tol 2021, for the rows that a user adds
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------
@@ -168,7 +169,9 @@ def panels(experiment) -> list[str]:
 
 
 def colour(label: str) -> str:
-    return COLOURS[label.rpartition(": ")[2]]
+    """Of a row by its name; rows that nobody foresaw, such as a rule of your own, take what is left, by their text."""
+    name = label.rpartition(": ")[2]
+    return COLOURS.get(name) or OTHERS[sum(name.encode()) % len(OTHERS)]
 
 
 def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none"):

@@ -4,6 +4,7 @@
     python reproduce.py cifar10 --seeds 2 --jobs 2   # ResNet-18 at a small scale on real images
     python reproduce.py rank --jobs 2                # the rank of errors, gradients, updates and activations
     python reproduce.py cifar10 --set epochs=1 subset=1000
+    python reproduce.py quick --rule my_rule.py:MyRule   # your own rule beside backprop and feedback alignment
     python reproduce.py --check                      # does the README still say what results/ says?
 
 A run is `train.py` with the arguments listed below. When it ends, one JSON line with its arguments, seed, versions,
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import report
+import rulefile
 import runs
 import train
 
@@ -123,6 +125,19 @@ EXPERIMENTS = {
         "The paper's headline table: ResNet-18 on all of CIFAR-100, 100 epochs.",
         "--dataset cifar100", {**ALL, "frozen features": "--rule frozen --norm"}, paper=PAPER),
 }
+
+
+def beside(experiment: Experiment, rule: str) -> Experiment:
+    """The experiment, and after each run of feedback alignment the same with another rule."""
+    cells = {}
+    for label, own in experiment.cells.items():
+        cells[label] = own
+        if re.search(r"--rule fa\b", own):
+            name = rulefile.name(rule)
+            cells[re.sub(r"\bFA\b", lambda _: name, label)] = own.replace("--rule fa", f"--rule {shlex.quote(rule)}")
+    if len(cells) == len(experiment.cells):
+        raise runs.RunError("this experiment does not name the rule run by run; --rule has nothing to add to it")
+    return experiment._replace(cells=cells)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------
@@ -260,6 +275,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seeds", type=train.number(int, 1), help="runs of each cell (default: the experiment's own number)")
     p.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="changes",
                    help="arguments of train.py that replace the experiment's, such as epochs=10 width=16")
+    p.add_argument("--rule", type=train.rule, metavar="RULE",
+                   help="another rule beside feedback alignment, such as dfa or my_rule.py:MyRule; what results/ has already "
+                        "is not run again, and all goes to --out (default there: mine)")
     p.add_argument("--jobs", type=train.number(int, 1), default=1, help="runs at a time, sharing the cores (default: 1)")
     p.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
     p.add_argument("--device", default="auto", help="as for train.py (default: auto)")
@@ -268,6 +286,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "README's numbers are, and whose runs are not repeated)")
     p.add_argument("--check", action="store_true", help="only compare the README's tables with results/; status 1 if they differ")
     args = p.parse_args(argv)
+    if args.rule and not args.out:
+        args.out = Path("mine")
     if (args.name is None) != args.check:
         p.error("name one experiment, or --check: " + ", ".join(EXPERIMENTS))
     for change in args.changes:
@@ -289,6 +309,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.out or RESULTS
         path = folder / f"{args.name}.jsonl"
         experiment, done = EXPERIMENTS[args.name], read(path)
+        if args.rule:
+            experiment, done = beside(experiment, args.rule), read(RESULTS / path.name) | done
         changes = [f"--{change.replace('_', '-')}" for change in args.changes]
         listed = jobs(experiment, args.seeds or experiment.seeds, changes)
         print(f"{args.name}: {experiment.claim}", flush=True)

@@ -37,6 +37,7 @@ import models
 import muon
 import norm
 import rank
+import rulefile
 import runs
 
 VERSION = 1                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in
@@ -71,12 +72,22 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     return convert
 
 
+def rule(text: str) -> str:
+    """An argparse type: a rule that can be loaded."""
+    try:
+        rulefile.load(text)
+    except rulefile.RuleFileError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="train.py", description="Train one network by one learning rule.",
                epilog="The run folder holds config.json, log.jsonl, checkpoint.pt and curves.png.")
     g = p.add_argument_group("the experiment")
-    g.add_argument("--rule", choices=fa.RULES, default="fa",
-                   help="how the error crosses a layer: bp is backprop, fa feedback alignment (default: fa)")
+    g.add_argument("--rule", type=rule, default="fa", metavar="RULE",
+                   help=f"how the error crosses a layer: {', '.join(fa.RULES)} (see fa.py; bp is backprop), or a class of "
+                        "your own, my_rule.py:MyRule (default: fa)")
     g.add_argument("--muon", action="store_true",
                    help="orthogonalise the updates of hidden weights (default: Nesterov SGD for all weights)")
     g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
@@ -144,6 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("feedback_gain", "feedback_orthogonal"):
         if getattr(args, flag) and args.rule in ("bp", "frozen"):
             p.error(f"--{flag.replace('_', '-')} has no effect with --rule {args.rule}, which has no feedback weights")
+    args.rule_digest = rulefile.digest(args.rule)
     recipe = RECIPES[args.dataset]
     args.model = args.model or recipe["model"]
     args.width = args.width or (recipe["width"] if args.model == recipe["model"] else WIDTHS[args.model])
@@ -209,8 +221,8 @@ class Trainer:
                                                size=dataset.train_images.shape[-1], init=args.init, **depth)
         # Channels last: the kernels need not reorder activations, a quarter less time for a step on a CPU.
         self.model.to(device, memory_format=torch.channels_last)
-        rule = fa.RULES[args.rule](seed=args.seed, gain=args.feedback_gain or 1.0, orthogonal=args.feedback_orthogonal)
-        self.handle = fa.attach(self.model, rule)
+        chosen = rulefile.load(args.rule)
+        self.handle = fa.attach(self.model, rulefile.make(chosen, args.seed, args.feedback_gain, args.feedback_orthogonal))
 
         hidden, others = muon.split(self.model)
         # intervene.py: an experiment upon the hidden updates, the same weights that Muon would have
@@ -303,7 +315,7 @@ class Trainer:
 
 def title(args: argparse.Namespace) -> str:
     changed = [f"updates cut to rank {args.cut}"] * bool(args.cut) + ["flattened updates"] * args.flatten
-    return " + ".join([args.rule, *["muon"] * args.muon, f"{args.norm} norm" if args.norm else "no norm", *changed])
+    return " + ".join([rulefile.name(args.rule), *["muon"] * args.muon, f"{args.norm} norm" if args.norm else "no norm", *changed])
 
 
 def header(args: argparse.Namespace, trainer: Trainer) -> str:
@@ -379,9 +391,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.norm == "batch" and args.subset == 1:
             raise data.DataError("--subset 1: batch normalisation compares images with each other and needs two")
         trainer = Trainer(args, dataset)
-        parts = [args.rule, *["muon"] * args.muon, *[args.norm] * bool(args.norm), args.dataset, args.model, f"s{args.seed}"]
+        parts = [rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm), args.dataset, args.model, f"s{args.seed}"]
         folder = runs.create(args.out, "-".join(parts))
-    except (data.DataError, runs.RunError) as e:
+    except (data.DataError, runs.RunError, rulefile.RuleFileError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     print(header(args, trainer), flush=True)
@@ -390,6 +402,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; finished epochs are in {folder}", file=sys.stderr)
         return 130
+    except Exception as e:                                      # of a rule out of anybody's file, or else it goes on
+        reason = rulefile.explain(e, args.rule)
+        if reason is None:
+            raise
+        print(f"train.py: {reason}; finished epochs are in {folder}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

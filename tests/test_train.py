@@ -252,7 +252,7 @@ def test_the_interrupted_run_keeps_its_epochs(tmp_path, monkeypatch, capsys):
 
 
 WRONG = {
-    "--rule lottery": "invalid choice: 'lottery'",
+    "--rule lottery": "'lottery' is no rule: choose from bp, fa",
     "--dataset mnist": "invalid choice: 'mnist'",
     "--model vgg": "invalid choice: 'vgg'",
     "--norm instance": "invalid choice: 'instance'",

@@ -1,0 +1,216 @@
+"""What every learning rule owes. Checks the rules of fa.py, or yours:
+
+    python -m pytest tests/test_rule_contract.py --rule my_rule.py:MyRule
+
+Each property is one test, and its first line is what the report says. A rule that transports weights must say so with
+`uses_weight = True` in its class.
+"""
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import fa
+import models
+import muon
+import rulefile
+
+
+def expect(condition, message):
+    if not condition:
+        pytest.fail(message, pytrace=False)
+
+
+def network(dtype=torch.float64):
+    """Strided, grouped and dilated convolutions and linear layers; images and labels for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.ReLU(),
+                          nn.Conv2d(12, 8, 3, padding=2, dilation=2, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Flatten(),
+                          nn.Linear(150, 40), nn.ReLU(), nn.Linear(40, 5)).to(dtype)
+    return model, torch.randn(6, 3, 10, 10, dtype=dtype), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def attached(rule, seed=0, dtype=torch.float64):
+    model, x, labels = network(dtype)
+    torch.seed()                                                # a rule that draws from the global generator is found out
+    return model, x, labels, fa.attach(model, rulefile.make(rule, seed))
+
+
+def gradients(model, x, labels):
+    """By name, of the parameters that the model had before the rule came; None where no error arrives."""
+    model.zero_grad()
+    F.cross_entropy(model(x).float(), labels).backward()
+    return {name: p.grad for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all((a[k] is None) == (b[k] is None) and (a[k] is None or torch.equal(a[k], b[k])) for k in a)
+
+
+def angle(a, b):
+    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1).arccos().rad2deg().item()
+
+
+def sent(rule, layer, error, input_shape):
+    with torch.no_grad():
+        return rule.backward(layer, error, input_shape)
+
+
+# ---- the properties --------------------------------------------------------------------------------------------
+
+def test_shapes_and_dtypes(rule):
+    """sends an error of the right shape and dtype through linear, strided and grouped convolutions"""
+    for dtype in (torch.float64, torch.float32):
+        model, x, labels, handle = attached(rule, dtype=dtype)
+        got = gradients(model, x, labels)                       # fa.py itself refuses a wrong shape, dtype or device
+        for name, g in got.items():
+            expect(g is None or g.dtype == dtype, f"the gradient of {name} has {g is not None and g.dtype}, expected {dtype}")
+
+
+def test_finite(rule):
+    """gives finite gradients, also under bf16 autocast"""
+    for autocast in (False, True):
+        model, x, labels, handle = attached(rule, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for name, g in gradients(model, x, labels).items():
+                expect(g is None or g.isfinite().all(), f"the gradient of {name} is NaN or infinite{' in bf16' * autocast}")
+
+
+def test_forward_is_unchanged(rule):
+    """leaves the forward pass as it was"""
+    plain, x, _ = network()
+    model, *_ = attached(rule)
+    expect(torch.equal(model(x), plain(x)), "the outputs with the rule differ from those without it")
+
+
+def test_classifier_is_exact(rule):
+    """leaves the classifier's own gradient exact"""
+    plain, x, labels = network()
+    model, *_ = attached(rule)
+    expected, got = gradients(plain, x, labels), gradients(model, x, labels)
+    for name in ("10.weight", "10.bias"):
+        expect(got[name] is not None and torch.equal(got[name], expected[name]),
+               f"the gradient of the last layer's {name[3:]} differs from backprop's")
+
+
+def test_true_path_is_cut(rule):
+    """does not use W on the way back, unless the class declares uses_weight = True"""
+    if rule.uses_weight:
+        pytest.skip("the class declares uses_weight = True")
+    model, x, labels, handle = attached(rule)
+    errors, shapes = {}, {}
+    for layer in handle.layers.values():
+        layer.register_forward_pre_hook(lambda layer, args: shapes.update({layer: args[0].shape}))
+        layer.register_full_backward_hook(lambda layer, sent, came: errors.update({layer: came[0]}))
+    gradients(model, x, labels)
+    if None in errors.values() or len(errors) < len(handle.layers):
+        pytest.skip("it sends no error at all")
+
+    def all_sent():
+        torch.manual_seed(1)                                    # a rule may be random
+        return {layer: sent(handle.rule, layer, errors[layer], shapes[layer]) for layer in reversed(handle.layers.values())}
+
+    before = all_sent()
+    true = {layer: fa.project(layer, layer.weight.detach(), errors[layer], shapes[layer]) for layer in before}
+    with torch.no_grad():
+        for layer in handle.layers.values():
+            layer.weight.copy_(torch.randn_like(layer.weight))
+    after = all_sent()
+    for layer in before:
+        if before[layer] is None:
+            continue
+        expect(torch.equal(before[layer], after[layer]), f"the error below {layer} changed when only its weight W did: backward "
+               "reads layer.weight; expected feedback weights of its own, or uses_weight = True in the class")
+        expect(angle(before[layer], true[layer]) > 10, f"the error below {layer} is backprop's own from the start: the feedback "
+               "is a copy of W; expected random feedback, or uses_weight = True in the class")
+
+
+def test_feedback_is_saved(rule):
+    """saves its feedback in the state_dict, and takes it back from there"""
+    model, x, labels, handle = attached(rule, seed=0)
+    torch.manual_seed(1)
+    expected = gradients(model, x, labels)
+    fresh, *_ = attached(rule, seed=1)
+    fresh.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    expect(same(gradients(fresh, x, labels), expected), "a fresh model with the saved state_dict has other gradients: something "
+           "that backward uses is not a buffer or parameter of its layer; make it in prepare with layer.register_buffer")
+
+
+def test_deterministic(rule):
+    """is deterministic: the same seed gives the same gradients"""
+    results = []
+    for _ in range(2):
+        model, x, labels, handle = attached(rule)
+        torch.manual_seed(1)
+        results.append(gradients(model, x, labels))
+    expect(same(*results), "two models with the same seed have different gradients; draw with self.draw(layer) or self.generator")
+
+
+def test_copies(rule):
+    """works after copy.deepcopy, and the copy goes its own way"""
+    model, x, labels, handle = attached(rule)
+    clone = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected = gradients(model, x, labels)
+    torch.manual_seed(1)
+    expect(same(gradients(clone, x, labels), expected), "a copy of the model has other gradients than the model")
+    with torch.no_grad():
+        for tensor in [*clone.parameters(), *clone.buffers()]:
+            tensor.zero_()
+    torch.manual_seed(1)
+    expect(same(gradients(model, x, labels), expected), "a change of the copy changed the model: they share tensors")
+
+
+def test_removed(rule):
+    """leaves plain backprop behind when it is removed"""
+    plain, x, labels = network()
+    model, _, _, handle = attached(rule)
+    gradients(model, x, labels)
+    handle.before_step()
+    handle.remove()
+    expect(model.state_dict().keys() == plain.state_dict().keys(), "names are left in the state_dict: " + ", ".join(
+        sorted(model.state_dict().keys() - plain.state_dict().keys())))
+    expect(same(gradients(model, x, labels), gradients(plain, x, labels)), "the gradients differ from backprop's")
+
+
+def accuracy_on_gratings(rule):
+    """Test accuracy in % of a small CNN after 8 epochs with Muon and batch normalisation."""
+    torch.manual_seed(0)
+    dataset = data.gratings(1000, 500, noise=20.0)
+    normalise = data.Normalise(dataset.train_images)
+    model = models.cnn(10, "batch", 8).to(memory_format=torch.channels_last)
+    handle = fa.attach(model, rulefile.make(rule, 0))
+    matrices, others = muon.split(model)
+    optimisers = [muon.Muon(matrices, 0.05, weight_decay=5e-4),
+                  torch.optim.SGD(others, 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)]
+    generator = torch.Generator().manual_seed(0)
+    for epoch in range(8):
+        for images, labels in data.batches(dataset.train_images, dataset.train_labels, 25, generator, flip=False):
+            F.cross_entropy(model(normalise(images)), labels).backward()
+            handle.before_step()
+            for optimiser in optimisers:
+                optimiser.param_groups[0]["lr"] = 0.05 * (1 - epoch / 8)
+                optimiser.step()
+            model.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        return 100 * (model(normalise(dataset.test_images)).argmax(1) == dataset.test_labels).float().mean().item()
+
+
+@functools.cache
+def floor():
+    return accuracy_on_gratings(fa.Frozen)
+
+
+def test_learns(rule):
+    """learns the gratings, at least 10 points better than a network whose hidden layers are frozen"""
+    if rule is fa.Frozen:
+        pytest.skip("it is the floor")
+    reached = accuracy_on_gratings(rule)
+    expect(reached >= floor() + 10, f"it reached {reached:.1f} % where frozen hidden layers reach {floor():.1f} %; "
+           f"expected at least {floor() + 10:.1f} %")

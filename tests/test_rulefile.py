@@ -1,0 +1,189 @@
+"""A rule out of anybody's file: it trains like a built-in one, and whatever is wrong with it is one line."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_reproduce import counted
+
+import fa
+import reproduce
+import rulefile
+import train
+
+HEAD = "import fa, torch\nclass MyRule(fa.FA):\n"
+BACKWARD = "    def backward(self, layer, error, input_shape):\n        "
+SIGNS = HEAD + "    uses_weight = True\n" + BACKWARD + \
+    "return fa.project(layer, layer.weight.sign() * layer.feedback.abs(), error, input_shape)\n"
+SMALL = ["--device", "cpu", "--subset", "128", "--width", "4", "--epochs", "2"]
+
+BROKEN = {                                                      # source: (line in it or None, what is said)
+    HEAD + BACKWARD + "retrn error\n": (4, "SyntaxError: invalid syntax; expected Python"),
+    HEAD + "  pass\n    pass\n": (4, "IndentationError"),
+    "import fa\nimport nowhere_to_be_found\n": (2, "ModuleNotFoundError"),
+    "import fa\n1 / 0\n": (2, "ZeroDivisionError: division by zero"),
+    "import sys\nsys.exit(3)\n": (2, "SystemExit"),
+    "import fa\nclass Other(fa.FA): pass\n": (None, "has no class MyRule; expected one of: Other"),
+    "class MyRule: pass\n": (None, "MyRule is not a subclass of fa.Rule"),
+    "MyRule = 3\n": (None, "MyRule is not a subclass of fa.Rule; expected one of: class MyRule(fa.FA)"),
+    "import fa\nclass MyRule(fa.Rule): pass\n": (None, "MyRule has no backward"),
+    HEAD + BACKWARD + "return layer.feedbck\n": (4, "in backward: AttributeError: 'Linear' object has no attribute 'feedbck'"),
+    HEAD + BACKWARD + "return error\n": (3, "returned a tensor of shape (4, 3), torch.float32 on cpu for Linear(in_features=5, "
+                                            "out_features=3, bias=True); expected the error at its input, shape (4, 5)"),
+    HEAD + BACKWARD + "return super().backward(layer, error, input_shape).double()\n": (3, "torch.float64 on cpu for Linear"),
+    HEAD + BACKWARD + "return super().backward(layer, error, input_shape) / 0\n": (3, "returned NaN or infinity for Linear"),
+    HEAD + BACKWARD + "return 'error'\n": (3, "MyRule.backward returned 'error' for Linear"),
+    HEAD + "    def backward(self, layer):\n        return None\n": (None, "TypeError"),
+    HEAD + "    def prepare(self, layer):\n        layer.weight.no_such\n": (4, "in prepare: AttributeError"),
+    HEAD + "    def before_step(self, layer):\n        raise KeyError('me')\n": (4, "in before_step: KeyError: 'me'"),
+    HEAD + "    def __init__(self):\n        super().__init__()\n": (None, "expected an __init__(self, seed=0, ...)"),
+    HEAD + "    def __init__(self, seed=0):\n        pass\n": (None, "does not call super().__init__(seed)"),
+}
+
+
+@pytest.mark.parametrize("source", BROKEN, ids=[said[:40] for _, said in BROKEN.values()])
+def test_a_broken_file_is_one_line_and_nothing_is_left_behind(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rule.py").write_text(source)
+    for main in (train.main, lambda argv: reproduce.main(["quick", *argv[:2]])):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--rule", "my_rule.py:MyRule", *SMALL])
+        error = capsys.readouterr().err
+        number, said = BROKEN[source]
+        assert stopped.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error
+        assert ("my_rule.py" if number is None else f"my_rule.py, line {number}") in error and said in error, error
+    assert [p.name for p in tmp_path.iterdir()] == ["my_rule.py"]
+
+
+@pytest.mark.parametrize("text, said", {
+    "missing.py:MyRule": "missing.py: No such file or directory; expected a Python file with the class MyRule",
+    ".:MyRule": ".: Is a directory; expected a Python file",
+    "lottery": "'lottery' is no rule: choose from bp, fa, dfa, sign, kp, frozen, or name a class in a file of yours",
+    "my_rule.py": "'my_rule.py' is no rule: choose from",
+    "binary.py:MyRule": "binary.py: 'utf-8' codec can't decode",
+}.items())
+def test_a_file_that_cannot_be_read(text, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--rule", text])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_an_error_in_the_middle_of_a_run_names_its_line(tmp_path, monkeypatch, capsys):
+    """On the command line as a student sees it: status 2, one line, and the epochs before it are kept."""
+    late = HEAD + "    calls = 0\n" + BACKWARD + ("MyRule.calls += 1\n        if MyRule.calls > 60:\n            return error[:0]\n"
+                                                  "        return super().backward(layer, error, input_shape)\n")
+    (tmp_path / "late.py").write_text(late)
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--rule", "late.py:MyRule", *SMALL, "--batch-size", "16"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("train.py: late.py, line 4: MyRule.backward returned a tensor of shape (0,")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == "MyRule-gratings-cnn-s0" and len((folder / "log.jsonl").read_text().splitlines()) == 1
+
+    for wrong, said in (("raise KeyError('late')", "late.py, line 7, in backward: KeyError: 'late'"), ("1 / 0", "ZeroDivisionError")):
+        (tmp_path / "late.py").write_text(late.replace("return error[:0]", wrong))
+        monkeypatch.chdir(tmp_path)
+        assert train.main(["--rule", "late.py:MyRule", *SMALL, "--batch-size", "16"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rule.py").write_text(SIGNS)
+    monkeypatch.setattr(train.Trainer, "test", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["--rule", "my_rule.py:MyRule", *SMALL])
+
+
+def test_sign_symmetry_from_a_file_is_sign_symmetry(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rule.py").write_text(SIGNS)
+    assert len(SIGNS.splitlines()) <= 10
+    for rule, out in (("sign", "built-in"), ("my_rule.py:MyRule", "own")):
+        assert train.main(["--rule", rule, "--muon", "--norm", *SMALL, "--out", out]) == 0
+    ours, own = ([{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                  for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("built-in", "own"))
+    assert ours == own
+    assert not list(tmp_path.glob("**/__pycache__"))
+    args = json.loads((tmp_path / "own" / "config.json").read_text())["args"]
+    assert args["rule"] == "my_rule.py:MyRule" and args["rule_digest"] == rulefile.digest("my_rule.py:MyRule")
+
+
+def test_a_changed_file_is_another_rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = []
+    for source in (SIGNS, SIGNS + "\n# changed\n", SIGNS):
+        (tmp_path / "my_rule.py").write_text(source)
+        args = train.parse(["--rule", "my_rule.py:MyRule"])
+        keys.append(reproduce.key(vars(args), 1))
+    assert keys[0] == keys[2] != keys[1]
+    (tmp_path / "my_rule.py").write_text(SIGNS.replace("uses_weight = True", "uses_weight = 3"))
+    assert rulefile.load("my_rule.py:MyRule").uses_weight == 3
+
+
+def test_a_constructor_of_ones_own_need_not_know_gain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rule.py").write_text(HEAD + "    def __init__(self, seed=0):\n        super().__init__(seed)\n")
+    chosen = rulefile.load("my_rule.py:MyRule")
+    assert isinstance(rulefile.make(chosen, 0), fa.FA)
+    assert train.main(["--rule", "my_rule.py:MyRule", "--feedback-gain", "3", *SMALL]) == 2
+
+
+def test_trying_a_rule_leaves_the_generators_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rule.py").write_text(HEAD + BACKWARD + "torch.rand(3)\n        return None\n")
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    rulefile.load("my_rule.py:MyRule")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_reproduce_puts_it_beside_feedback_alignment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rule.py").write_text(SIGNS)
+    calls = counted(monkeypatch)
+    experiment = reproduce.Experiment("a claim", "", {"backprop": "--rule bp", "FA": "--rule fa", "FA + norm": "--rule fa --norm"})
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment, "none": experiment._replace(cells={"backprop": "--rule bp"})})
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
+    assert reproduce.main(["tiny", "--device", "cpu"]) == 0
+    committed = (tmp_path / "results" / "tiny.jsonl").read_text()
+    capsys.readouterr()
+    assert reproduce.main(["tiny", "--device", "cpu", "--rule", "my_rule.py:MyRule"]) == 0
+    printed = capsys.readouterr().out
+    assert len(calls) == 5 and calls[-1].argv[:3] == ["--rule", "my_rule.py:MyRule", "--norm"]
+    assert "3 of 5 runs are in" in printed and "| MyRule | " in printed and "| MyRule + norm | " in printed
+    assert (tmp_path / "results" / "tiny.jsonl").read_text() == committed       # and what is one's own goes elsewhere
+    assert len((tmp_path / "mine" / "tiny.jsonl").read_text().splitlines()) == 5
+    assert (tmp_path / "mine" / "tiny.png").exists()
+    assert reproduce.main(["none", "--device", "cpu", "--rule", "dfa"]) == 2
+
+
+def test_the_graders_report(tmp_path):
+    for name, source in {"good": SIGNS, "silent": SIGNS.replace("    uses_weight = True\n", ""),
+                         "copied": HEAD + "    def prepare(self, layer):\n        layer.register_buffer('feedback', "
+                                          "layer.weight.detach().clone())\n",
+                         "forgetful": HEAD + "    def prepare(self, layer):\n        self.B = getattr(self, 'B', {})\n"
+                                             "        self.B[layer] = self.draw(layer)\n" + BACKWARD +
+                                             "return fa.project(layer, self.B[layer], error, input_shape)\n",
+                         "unseeded": HEAD + "    def prepare(self, layer):\n        layer.register_buffer('feedback', "
+                                            "torch.randn_like(layer.weight).detach())\n",
+                         "broken": "import fa\nnonsense ("}.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    done = subprocess.run([sys.executable, "-m", "pytest", ROOT / "tests" / "test_rule_contract.py", "-k", "not learns", "-p",
+                           "no:cacheprovider", "--rule", f"{tmp_path}/*.py:MyRule"], cwd=tmp_path, capture_output=True, text=True)
+    report = done.stdout
+    assert done.returncode == 1 and "Traceback" not in report and "def test" not in report
+    for name, score in {"good": "8 of 8", "silent": "8 of 9", "copied": "8 of 9", "forgetful": "8 of 9", "unseeded": "8 of 9",
+                        "broken": "0 of 9"}.items():
+        assert f"{score}  {tmp_path}/{name}.py:MyRule" in report, report
+    assert "FAILED  it cannot be loaded: " in report and "broken.py, line 2: SyntaxError" in report, report
+    parts = {part.split(":")[0].rpartition("/")[2]: part for part in report.split("\n\n") if "MyRule\n" in part}
+    assert "changed when only its weight W did" in parts["silent.py"]
+    assert "the feedback is a copy of W" in parts["copied.py"]
+    assert "FAILED  saves its feedback" in parts["forgetful.py"]
+    assert "FAILED  is deterministic" in parts["unseeded.py"]
