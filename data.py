@@ -1,4 +1,4 @@
-"""The images: CIFAR-10 and CIFAR-100, or gratings that need no download; as tensors, kept on the device.
+"""The images: CIFAR-10 and CIFAR-100, a folder of yours, or gratings that need no download; as tensors, kept on the device.
 
 `load(name, root)` gives uint8 images and int64 labels. CIFAR is downloaded once through torchvision, which verifies the
 archive, and kept as `root/<name>.pt`; later uses read that file, check it, and need no network. The file is
@@ -9,25 +9,33 @@ archive, and kept as `root/<name>.pt`; later uses read that file, check it, and 
 A whole data set is a few hundred megabytes as uint8, so it stays on the device, and `batches` crops, flips and
 normalises there, all images of a batch at once: no worker processes, no image ever decoded twice.
 
+A folder of images is a data set too, in torchvision's ImageFolder layout, `train/CLASS/...` and `test/CLASS/...` (or
+`val/`, also as Tiny ImageNet unpacks), decoded once into such a file beside it.
+
 `gratings` is a made data set: coloured stripes under noise, to be told apart by orientation, 18° from class to class. It is
 generated in a second and is hard enough to separate the learning rules (see the README).
 """
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import pickle
+import re
 import socket
 import tarfile
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 
 class DataError(Exception):
@@ -46,15 +54,19 @@ NAMES = ("gratings", "cifar10", "cifar100")
 CLASSES = {"cifar10": (10, "airplane", "truck"), "cifar100": (100, "apple", "worm")}    # count, first, last
 
 
-def load(name: str, root: str | os.PathLike = "data") -> Dataset:
-    """The data set `name`, one of NAMES; CIFAR is read from root/<name>.pt, which the first use downloads.
+def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset:
+    """The data set `name`: one of NAMES, or a folder of images, which are then resized to `size`.
 
-    Raises DataError for an unknown name, a download that fails, or a cache that is damaged or holds something else.
+    CIFAR is read from root/<name>.pt, which the first use downloads. Raises DataError for an unknown name, a download that
+    fails, a cache that is damaged or holds something else, or a folder that is no data set.
     """
     if name == "gratings":
         return gratings()
     if name not in NAMES:
-        raise DataError(f"unknown data set {name!r}: choose from {', '.join(NAMES)}")
+        try:
+            return image_folder(Path(name), size)
+        except OSError as e:
+            raise DataError(f"cannot use {name}: {e.strerror or e}") from e
     cache = Path(root) / f"{name}.pt"
     try:
         if not cache.exists():
@@ -97,17 +109,17 @@ def _download(name: str, cache: Path) -> None:
                         f"{cache.name} into {cache.parent}") from e
     finally:
         socket.setdefaulttimeout(timeout)
-    _write(cache, Dataset(*_tensors(train), *_tensors(test), list(train.classes)))
+    _write(cache, Dataset(*_tensors(train), *_tensors(test), list(train.classes))._asdict())
 
 
 def _tensors(part) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
 
 
-def _write(cache: Path, dataset: Dataset) -> None:
+def _write(cache: Path, content: dict) -> None:
     partial = cache.with_name(f".{cache.name}.{os.getpid()}.partial")
     try:
-        torch.save(dataset._asdict(), partial)
+        torch.save(content, partial)
         os.replace(partial, cache)                              # a reader sees the whole file or none
     finally:
         partial.unlink(missing_ok=True)
@@ -115,35 +127,133 @@ def _write(cache: Path, dataset: Dataset) -> None:
 
 def _read(name: str, cache: Path) -> Dataset:
     remedy = "delete it, and the next run downloads it again"
-    with open(cache, "rb") as file:
-        try:
-            content = torch.load(file, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-            raise DataError(f"{cache} is damaged or no data set at all ({type(e).__name__}); {remedy}") from e
-    wrong = _fault(name, content)
+    content = _content(cache, remedy)
+    wrong = _fault(content, 32, CLASSES[name])
     if wrong:
         raise DataError(f"{cache} does not hold {name}: {wrong}; {remedy}")
     return Dataset(**content)
 
 
-def _fault(name: str, content: object) -> str | None:
-    """What disqualifies the content of a cache, or None."""
+def _content(cache: Path, remedy: str) -> object:
+    with open(cache, "rb") as file:
+        try:
+            return torch.load(file, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+            raise DataError(f"{cache} is damaged or no data set at all ({type(e).__name__}); {remedy}") from e
+
+
+def _fault(content: object, size: int, known: tuple[int, str, str] | None = None) -> str | None:
+    """What disqualifies the content of a cache, or None; `known` are the number of classes, the first and the last."""
     if not isinstance(content, dict) or set(content) != set(Dataset._fields):
         return f"it must be a dict of {', '.join(Dataset._fields)}"
     classes = content["classes"]
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         return "classes must be a list of names"
-    if (len(classes), *classes[:1], *classes[-1:]) != CLASSES[name]:
+    if known and (len(classes), *classes[:1], *classes[-1:]) != known:
         return f"it has {len(classes)} classes, {', '.join(classes[:1] + classes[-1:])}"
     for part in ("train", "test"):
         images, labels = content[f"{part}_images"], content[f"{part}_labels"]
-        if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)):
-            return f"{part}_images must be uint8 of shape (N, 3, 32, 32)"
+        if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)):
+            return f"{part}_images must be uint8 of shape (N, 3, {size}, {size})"
         if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]):
             return f"{part}_labels must be int64 of shape (N,), one for each image"
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
             return f"{part}_labels must be from 0 to {len(classes) - 1}"
     return None
+
+
+# ---- a folder of images ----------------------------------------------------------------------------------------
+
+def image_folder(folder: Path, size: int = 32) -> Dataset:
+    """The images of folder/train and folder/test (or val), their shorter side resized to `size`, the middle cut out.
+
+    Classes are in alphabetical order; the images of each part in the order of the last number in their names, then of class,
+    so that the first N are of all classes. Decoded once and kept beside the folder, in <folder>.<size>.pt, which is made anew
+    when a file of the folder has changed. Raises DataError naming what is wrong with the folder.
+    """
+    classes, files = _listing(folder)
+    stamp = hashlib.sha256()
+    for path, label in (file for part in files for file in part):
+        stat = path.stat()
+        stamp.update(f"{path.relative_to(folder)} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    resolved = folder.resolve()
+    cache = resolved.with_name(f"{resolved.name}.{size}.pt")
+    if cache.exists():
+        content = _content(cache, "delete it, and it is made again")
+        if isinstance(content, dict) and content.pop("stamp", None) == stamp.hexdigest():
+            wrong = _fault(content, size)
+            if wrong:
+                raise DataError(f"{cache} is not what it should be: {wrong}; delete it, and it is made again")
+            return Dataset(**content)
+    dataset = Dataset(*_decode(folder, files[0], size), *_decode(folder, files[1], size), classes)
+    try:
+        _write(cache, {**dataset._asdict(), "stamp": stamp.hexdigest()})
+    except (OSError, RuntimeError) as e:                        # torch.save raises a RuntimeError of its own
+        warnings.warn(f"cannot keep the decoded images in {cache}: {' '.join(str(e).split())}; the next run decodes them again",
+                      stacklevel=2)
+    return dataset
+
+
+def _listing(folder: Path) -> tuple[list[str], list[list[tuple[Path, int]]]]:
+    """(classes, [training files, test files]), each file with its label."""
+    from torchvision.datasets import folder as layout           # takes seconds to import and is needed only here
+    if not folder.is_dir():
+        raise DataError(f"unknown data set {str(folder)!r}: choose from {', '.join(NAMES)}, or a folder of images with train/ "
+                        "and test/ (or val/) in it, and there a folder for each class")
+    annotations = folder / "val" / "val_annotations.txt"        # Tiny ImageNet: its test/ has no labels
+    test = folder / ("test" if (folder / "test").is_dir() and not annotations.exists() else "val")
+    for part in (folder / "train", test):
+        if not part.is_dir():
+            raise DataError(f"{folder} has no folder {part.name}/: a data set needs train/ and test/ (or val/), and there a "
+                            "folder for each class")
+    try:
+        classes, index = layout.find_classes(folder / "train")
+        train = layout.make_dataset(folder / "train", index, extensions=layout.IMG_EXTENSIONS)
+    except FileNotFoundError as e:                              # no class, or a class without images; both are named
+        raise DataError(f"{folder / 'train'} is no training set: {' '.join(str(e).split())}") from e
+    if len(classes) < 2:
+        raise DataError(f"{folder / 'train'} has one class only, {classes[0]}: there is nothing to tell apart")
+    if annotations.exists():
+        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+        unknown = sorted({name for _, name in rows} - set(classes))
+        test_files = [(str(test / "images" / file), index.get(name)) for file, name in rows]
+    else:
+        unknown = sorted({entry.name for entry in os.scandir(test) if entry.is_dir()} - set(classes))
+        test_files = layout.make_dataset(test, index, extensions=layout.IMG_EXTENSIONS, allow_empty=True)
+    if unknown:
+        raise DataError(f"{test} has classes that {folder / 'train'} lacks: {_some(unknown)}")
+    if not test_files:
+        raise DataError(f"{test} holds no images ({', '.join(layout.IMG_EXTENSIONS)}) in folders named like those of train/")
+
+    def place(file: tuple[Path, int]) -> tuple:
+        numbers = re.findall(r"\d+", file[0].stem)
+        return int(numbers[-1]) if numbers else -1, file[1], str(file[0])
+
+    return classes, [sorted(((Path(path), label) for path, label in files), key=place) for files in (train, test_files)]
+
+
+def _decode(folder: Path, files: list[tuple[Path, int]], size: int) -> tuple[Tensor, Tensor]:
+    from PIL import Image
+    from torchvision.transforms import functional as vision
+    images, unreadable = torch.empty(len(files), 3, size, size, dtype=torch.uint8), {}
+
+    def decode(i: int) -> None:
+        try:
+            with Image.open(files[i][0]) as image:
+                image = vision.center_crop(vision.resize(image.convert("RGB"), size), size)
+            images[i] = vision.pil_to_tensor(image)
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+            unreadable[str(files[i][0].relative_to(folder))] = e
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(tqdm(pool.map(decode, range(len(files))), "decoding", len(files), leave=False, disable=None, unit="image"))
+    if unreadable:
+        raise DataError(f"{folder} holds files that cannot be read as images: {_some(sorted(unreadable))}; mend or delete them")
+    return images, torch.tensor([label for _, label in files])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # ---- gratings --------------------------------------------------------------------------------------------------

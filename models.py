@@ -1,6 +1,6 @@
-"""The networks: an MLP, the 4-layer CNN and ResNet-18, with or without normalisation.
+"""The networks: an MLP, the 4-layer CNN, ResNets and VGG-11, with or without normalisation.
 
-All three are made of stock nn.Linear and nn.Conv2d, so that `fa.attach` finds their layers; a learning rule never needs
+All are made of stock nn.Linear and nn.Conv2d, so that `fa.attach` finds their layers; a learning rule never needs
 a model of its own. Every hidden layer is followed by a normalisation (norm.py) and a ReLU:
 
     mlp       flatten, 4 × [linear, norm, relu], linear
@@ -8,6 +8,10 @@ a model of its own. Every hidden layer is followed by a normalisation (norm.py) 
               with another depth, the layers are spread evenly over those four stages
     resnet18  3×3 convolution, norm, relu; 8 residual blocks of w, w, 2w, 2w, 4w, 4w, 8w, 8w channels, average, linear
               (He et al. 2016, with the 3×3 stem and without the max-pool, as is usual for 32×32 images)
+    resnet34  the same with 3, 4, 6 and 3 blocks of those channels
+    vgg11     8 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w, 8w, 8w, 8w, 8w channels, halved by max-pooling after the
+              1st, 2nd, 4th, 6th and 8th; average, linear (Simonyan & Zisserman 2015, configuration A, with one linear
+              layer for the three, as is usual for 32×32 images)
 
 The first layer registered is the stem, the last the classifier; fa.py and muon.py rely on it. Nothing is done in
 place: a backward hook needs the layer's output as it was.
@@ -134,6 +138,26 @@ class ResNet(nn.Module):
         return self.classifier(x.mean((2, 3)))                          # (N, classes)
 
 
+class VGG(nn.Module):
+    CHANNELS, POOLED = (1, 2, 4, 4, 8, 8, 8, 8), (0, 1, 3, 5, 7)        # in widths; max-pooling after these layers
+
+    def __init__(self, classes: int, norm: str | None, width: int, channels: int, init: str):
+        super().__init__()
+        self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
+        for widths in self.CHANNELS:
+            self.layers.append(_conv(channels, width * widths, 3, 1, norm, init))
+            self.norms.append(normalisation.make(norm, width * widths))
+            channels = width * widths
+        self.classifier = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (layer, norm) in enumerate(zip(self.layers, self.norms)):
+            x = F.relu(norm(layer(x)))
+            if i in self.POOLED:
+                x = F.max_pool2d(x, 2, ceil_mode=True)                  # rounded up, so that any size will do
+        return self.classifier(x.mean((2, 3)))                          # (N, 8w, H/32, W/32) -> (N, classes)
+
+
 def mlp(classes: int = 10, norm: str | None = "batch", width: int = 512, channels: int = 3, size: int = 32,
         depth: int = 4, init: str | None = None) -> MLP:
     """`depth` hidden layers of `width`; images of (channels, size, size). norm: a kind of norm.KINDS, or None;
@@ -158,4 +182,16 @@ def resnet18(classes: int = 100, norm: str | None = "batch", width: int = 64, ch
     return ResNet((2, 2, 2, 2), classes, norm, width, channels, _chosen(init, norm))
 
 
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18}
+def resnet34(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,
+             size: int = 32, init: str | None = None) -> ResNet:
+    """ResNet-34 for small images; 21,328,292 parameters for 100 classes with batch norm at width 64. As `resnet18`."""
+    return ResNet((3, 4, 6, 3), classes, norm, width, channels, _chosen(init, norm))
+
+
+def vgg11(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,
+          size: int = 32, init: str | None = None) -> VGG:
+    """VGG-11 for small images; 9,274,532 parameters for 100 classes with batch norm at width 64. As `resnet18`."""
+    return VGG(classes, norm, width, channels, _chosen(init, norm))
+
+
+MODELS = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18, "resnet34": resnet34, "vgg11": vgg11}

@@ -17,7 +17,7 @@ import hashlib
 import sys
 import traceback
 import types
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ def _source(text: str) -> tuple[str, str, str]:
         raise RuleFileError(f"{path}: {reason}; expected a Python file with the class {name or 'of a rule'}") from e
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(path: str, name: str, source: str) -> type[fa.Rule]:
     module = types.ModuleType(f"rule_{hashlib.sha256(f'{path}{source}'.encode()).hexdigest()[:8]}")
     module.__file__ = path
@@ -97,7 +97,8 @@ def _load(path: str, name: str, source: str) -> type[fa.Rule]:
         raise RuleFileError(_place(e, path) or f"{path}: {type(e).__name__}: {_line(e)}") from e
     rule = vars(module).get(name)
     if not (isinstance(rule, type) and issubclass(rule, fa.Rule)):
-        own = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, fa.Rule) and v.__module__ == module.__name__]
+        own = [k for k, v in vars(module).items()
+               if isinstance(v, type) and issubclass(v, fa.Rule) and v.__module__ == module.__name__]
         what = f"has no class {name}" if rule is None else f"{name} is not a subclass of fa.Rule"
         raise RuleFileError(f"{path}: {what}; expected one of: {', '.join(own) or 'class ' + (name or 'MyRule') + '(fa.FA)'}")
     _try(rule, path)

@@ -46,7 +46,7 @@ DIVERGED = 3                    # exit status
 RECIPES = {"gratings": {"model": "cnn", "width": 16, "epochs": 12, "batch_size": 64},
            "cifar10": {"model": "cnn", "width": 32, "epochs": 50, "batch_size": 128},
            "cifar100": {"model": "resnet18", "width": 64, "epochs": 100, "batch_size": 128}}
-WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64}                # of a network that is not the recipe's
+WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64, "resnet34": 64, "vgg11": 64}    # of a network that is not the recipe's
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------
@@ -92,15 +92,18 @@ def parser() -> argparse.ArgumentParser:
                    help="orthogonalise the updates of hidden weights (default: Nesterov SGD for all weights)")
     g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
                    help="normalise hidden activity; --norm alone is batch, the paper's (default: no normalisation at all)")
-    g.add_argument("--dataset", choices=data.NAMES, default="gratings",
-                   help="what to learn (default: gratings, which is generated and needs no download)")
+    g.add_argument("--dataset", default="gratings", metavar="DATA",
+                   help=f"what to learn: {', '.join(data.NAMES)}, or a folder with train/ and test/ (or val/) and there a folder "
+                        "of images for each class (default: gratings, which is generated and needs no download)")
+    g.add_argument("--image-size", type=number(int, 8), metavar="PIXELS",
+                   help="resize the images of a folder to this (default: 32)")
     g.add_argument("--model", choices=models.MODELS,
                    help="the network (default: the paper's, resnet18 for cifar100 and the 4-layer cnn otherwise)")
     g.add_argument("--width", type=number(int, 1),
-                   help="channels of the first layer, units of the mlp (default: 64 resnet18, 32 cnn, 512 mlp; 16 for the "
-                        "cnn on gratings, for speed)")
+                   help="channels of the first layer, units of the mlp (default: 64, 32 cnn, 512 mlp; 16 for the cnn on "
+                        "gratings, for speed)")
     g.add_argument("--depth", type=number(int, 1),
-                   help="hidden layers of the cnn or mlp (default: 4, the paper's; resnet18 has its own)")
+                   help="hidden layers of the cnn or mlp (default: 4, the paper's; the others have their own)")
     g.add_argument("--init", choices=models.INITS,
                    help="initialisation of forward and feedback weights (default: he without --norm, torch with it; see "
                         "models.py)")
@@ -156,11 +159,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, flag) and args.rule in ("bp", "frozen"):
             p.error(f"--{flag.replace('_', '-')} has no effect with --rule {args.rule}, which has no feedback weights")
     args.rule_digest = rulefile.digest(args.rule)
-    recipe = RECIPES[args.dataset]
+    recipe = RECIPES.get(args.dataset, RECIPES["cifar100"])         # a folder of images is treated like CIFAR-100
+    if args.dataset not in data.NAMES and not Path(args.dataset).is_dir():
+        p.error(f"--dataset {args.dataset}: choose from {', '.join(data.NAMES)}, or a folder of images, which this is not")
+    if args.image_size and args.dataset in data.NAMES:
+        p.error(f"--image-size has no effect on {args.dataset}, whose images are 32 pixels wide")
     args.model = args.model or recipe["model"]
     args.width = args.width or (recipe["width"] if args.model == recipe["model"] else WIDTHS[args.model])
-    if args.depth and args.model == "resnet18":
-        p.error("--depth has no effect on resnet18: choose --model cnn or mlp, or leave it out")
+    if args.depth and args.model not in ("cnn", "mlp"):
+        p.error(f"--depth has no effect on {args.model}: choose --model cnn or mlp, or leave it out")
     for flag in ("cut", "flatten"):
         if getattr(args, flag) and args.model == "mlp" and args.depth == 1:
             p.error(f"--{flag} has no effect on an mlp of depth 1, which has no hidden weights beside stem and classifier")
@@ -315,7 +322,8 @@ class Trainer:
 
 def title(args: argparse.Namespace) -> str:
     changed = [f"updates cut to rank {args.cut}"] * bool(args.cut) + ["flattened updates"] * args.flatten
-    return " + ".join([rulefile.name(args.rule), *["muon"] * args.muon, f"{args.norm} norm" if args.norm else "no norm", *changed])
+    normed = f"{args.norm} norm" if args.norm else "no norm"
+    return " + ".join([rulefile.name(args.rule), *["muon"] * args.muon, normed, *changed])
 
 
 def header(args: argparse.Namespace, trainer: Trainer) -> str:
@@ -382,7 +390,7 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        dataset = data.load(args.dataset, args.data)
+        dataset = data.load(args.dataset, args.data, args.image_size or 32)
         if args.validate:
             dataset = data.hold_out(dataset, args.validate)
         if args.subset and args.subset > len(dataset.train_images):
@@ -391,7 +399,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.norm == "batch" and args.subset == 1:
             raise data.DataError("--subset 1: batch normalisation compares images with each other and needs two")
         trainer = Trainer(args, dataset)
-        parts = [rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm), args.dataset, args.model, f"s{args.seed}"]
+        parts = [rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm),
+                 Path(args.dataset).resolve().name, args.model, f"s{args.seed}"]
         folder = runs.create(args.out, "-".join(parts))
     except (data.DataError, runs.RunError, rulefile.RuleFileError) as e:
         print(f"train.py: {e}", file=sys.stderr)

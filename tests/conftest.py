@@ -86,7 +86,9 @@ def pytest_terminal_summary(terminalreporter, config):
             write(f"  FAILED  it cannot be loaded: {reasons.pop()}")
             continue
         for text, (kept, why) in grades.items():
-            write(f"  {'ok    ' if kept else '-     ' if kept is None else 'FAILED'}  {text}" + (f"\n            {why}" if why else ""))
+            write(f"  {'ok    ' if kept else '-     ' if kept is None else 'FAILED'}  {text}")
+            if why:
+                write(f"            {why}")
     write("")
     for named, grades in GRADES.items():
         counted = [kept for kept, _ in grades.values() if kept is not None]

@@ -1,6 +1,7 @@
 """models.py: parameter counts, shapes, and initialisation that backprop can train."""
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +16,34 @@ def count(model):
 def test_resnet18_has_the_published_number_of_parameters():
     assert count(models.resnet18()) == 11_220_132
     assert count(models.resnet18(10)) == 11_173_962
+
+
+def test_resnet34_and_vgg11_have_torchvisions_numbers_of_parameters():
+    """But for the stem, 3×3 for 7×7, and the one linear layer for VGG's three."""
+    assert count(models.resnet34()) == count(torchvision.models.resnet34(num_classes=100)) - 64 * 3 * (49 - 9) == 21_328_292
+    features = torchvision.models.vgg11_bn().features
+    biases = sum(m.bias.numel() for m in features if isinstance(m, nn.Conv2d))          # which the normalisation has
+    assert count(models.vgg11()) == count(features) - biases + 512 * 100 + 100 == 9_274_532
+    plain = torchvision.models.vgg11().features
+    assert count(models.vgg11(norm=None)) == count(plain) + 512 * 100 + 100
+
+
+def test_vgg11_computes_what_torchvisions_does():
+    ours, theirs = models.vgg11(10, None, 64).double(), torchvision.models.vgg11().features.double()
+    for layer, other in zip(ours.layers, [m for m in theirs if isinstance(m, nn.Conv2d)]):
+        layer.load_state_dict(other.state_dict())
+    x = torch.randn(2, 3, 64, 64).double()
+    assert torch.allclose(ours(x), ours.classifier(theirs(x).mean((2, 3))))
+
+
+def test_resnet34_computes_what_torchvisions_does():
+    ours, theirs = models.resnet34(10, "batch", 64).eval(), torchvision.models.resnet34(num_classes=10).eval()
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert len(mine) == len(other)
+    theirs.load_state_dict(dict(zip(other, mine.values())))                             # both list them in the same order
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("classes, w", [(10, 8), (100, 16), (7, 5)])
@@ -76,7 +105,7 @@ def test_without_norm_the_signal_neither_dies_nor_explodes(name):
     entering = {}
     model.classifier.register_forward_pre_hook(lambda m, args: entering.update(x=args[0]))
     model(torch.randn(64, 3, 32, 32))
-    assert 0.1 < entering["x"].square().mean() < 3
+    assert 0.1 < entering["x"].square().mean() < (4 if name == "vgg11" else 3)          # each max-pool adds a little
 
 
 @pytest.mark.parametrize("kind", ["batch", None])
@@ -85,8 +114,9 @@ def test_backprop_learns_a_batch_by_heart(name, kind):
     torch.manual_seed(0)
     model = models.MODELS[name](10, kind, width=32 if name == "mlp" else 8, size=16)
     x, labels = torch.randn(16, 3, 16, 16), torch.randint(10, (16,))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
-    for _ in range(60):
+    slow = name in ("resnet34", "vgg11") and kind is None
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.005 if slow else 0.02, momentum=0.9, nesterov=True)
+    for _ in range(200 if slow else 60):
         loss = F.cross_entropy(model(x), labels)
         optimiser.zero_grad()
         loss.backward()

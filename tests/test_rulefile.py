@@ -74,8 +74,9 @@ def test_a_file_that_cannot_be_read(text, said, tmp_path, monkeypatch, capsys):
 
 def test_an_error_in_the_middle_of_a_run_names_its_line(tmp_path, monkeypatch, capsys):
     """On the command line as a student sees it: status 2, one line, and the epochs before it are kept."""
-    late = HEAD + "    calls = 0\n" + BACKWARD + ("MyRule.calls += 1\n        if MyRule.calls > 60:\n            return error[:0]\n"
-                                                  "        return super().backward(layer, error, input_shape)\n")
+    late = HEAD + "    calls = 0\n" + BACKWARD + (
+        "MyRule.calls += 1\n        if MyRule.calls > 60:\n            return error[:0]\n"
+        "        return super().backward(layer, error, input_shape)\n")
     (tmp_path / "late.py").write_text(late)
     done = subprocess.run([sys.executable, ROOT / "train.py", "--rule", "late.py:MyRule", *SMALL, "--batch-size", "16"],
                           cwd=tmp_path, capture_output=True, text=True)
@@ -84,7 +85,8 @@ def test_an_error_in_the_middle_of_a_run_names_its_line(tmp_path, monkeypatch, c
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == "MyRule-gratings-cnn-s0" and len((folder / "log.jsonl").read_text().splitlines()) == 1
 
-    for wrong, said in (("raise KeyError('late')", "late.py, line 7, in backward: KeyError: 'late'"), ("1 / 0", "ZeroDivisionError")):
+    for wrong, said in (("raise KeyError('late')", "late.py, line 7, in backward: KeyError: 'late'"),
+                        ("1 / 0", "ZeroDivisionError")):
         (tmp_path / "late.py").write_text(late.replace("return error[:0]", wrong))
         monkeypatch.chdir(tmp_path)
         assert train.main(["--rule", "late.py:MyRule", *SMALL, "--batch-size", "16"]) == 2
@@ -147,7 +149,8 @@ def test_reproduce_puts_it_beside_feedback_alignment(tmp_path, monkeypatch, caps
     (tmp_path / "my_rule.py").write_text(SIGNS)
     calls = counted(monkeypatch)
     experiment = reproduce.Experiment("a claim", "", {"backprop": "--rule bp", "FA": "--rule fa", "FA + norm": "--rule fa --norm"})
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment, "none": experiment._replace(cells={"backprop": "--rule bp"})})
+    monkeypatch.setattr(reproduce, "EXPERIMENTS",
+                        {"tiny": experiment, "none": experiment._replace(cells={"backprop": "--rule bp"})})
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0

@@ -123,7 +123,7 @@ def test_sign_symmetry_has_the_signs_of_w_and_the_magnitudes_of_b():
         weight = torch.where(layer.weight > 0, layer.feedback.abs(), -layer.feedback.abs()).detach()
         assert torch.equal(weight.sign(), layer.weight.sign())
         entry = torch.zeros_like(seen[layer, "in"], requires_grad=True)
-        y = F.conv2d(entry, weight, None, layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else F.linear(entry, weight)
+        y = F.linear(entry, weight) if isinstance(layer, nn.Linear) else F.conv2d(entry, weight, None, layer.stride, layer.padding)
         (expected,) = torch.autograd.grad(y, entry, seen[layer, "out"])
         assert relative(seen[layer, "in"], expected) < 1e-12
 
@@ -217,7 +217,8 @@ def test_every_rule_trains_with_every_norm_under_autocast_and_not(name, norm, wi
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             train(model, handle, torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device), 2, optimisers)
         assert all(p.isfinite().all() for p in model.parameters())
-        moved = {key for key, value in model.state_dict().items() if key.endswith("weight") and not torch.equal(value, start[key])}
+        moved = {key for key, value in model.state_dict().items()
+                 if key.endswith("weight") and not torch.equal(value, start[key])}
         assert ("layers.0.weight" in moved) == (name != "frozen") and "classifier.weight" in moved
 
 

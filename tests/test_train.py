@@ -253,7 +253,7 @@ def test_the_interrupted_run_keeps_its_epochs(tmp_path, monkeypatch, capsys):
 
 WRONG = {
     "--rule lottery": "'lottery' is no rule: choose from bp, fa",
-    "--dataset mnist": "invalid choice: 'mnist'",
+    "--dataset mnist": "choose from gratings, cifar10, cifar100, or a folder of images, which this is not",
     "--model vgg": "invalid choice: 'vgg'",
     "--norm instance": "invalid choice: 'instance'",
     "--width 0": "not an integer of at least 1",

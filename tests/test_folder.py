@@ -1,0 +1,178 @@
+"""--dataset FOLDER: the images and labels that were written, in a stable order, cached, and every fault named."""
+import json
+import os
+
+import image_tree
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+
+
+def made(classes=("ant", "bee", "cow"), count=12, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for part, n in (("train", count), ("test", count // 2)):
+        parts[f"{part}_images"] = torch.randint(256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+        parts[f"{part}_labels"] = torch.arange(n) % len(classes)
+    return {**parts, "classes": list(classes)}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    image_tree.write(made(), tmp_path / "my images")
+    return tmp_path / "my images"
+
+
+def test_the_same_images_labels_and_order_as_were_written(tree):
+    dataset = data.load(str(tree))
+    for key, value in made().items():
+        got = getattr(dataset, key)
+        assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value, key
+
+
+def test_it_trains_like_the_data_set_that_it_was_written_from(tmp_path, monkeypatch):
+    """100 classes in a cifar100.pt, and the same as a tree of PNGs: the same log to the last bit."""
+    classes = ["apple", *[f"b{i:02}" for i in range(98)], "worm"]
+    content = made(classes, 200)
+    content["test_labels"] = torch.arange(100)
+    torch.save(content, tmp_path / "cifar100.pt")
+    image_tree.write(content, tmp_path / "tree")
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", "cnn", "--width", "4", "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--data", ".", "--norm"]
+    logs = []
+    for dataset in ("cifar100", "tree"):
+        assert train.main(["--dataset", dataset, *small, "--out", f"run-{dataset}"]) == 0
+        logs.append([{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                     for line in (tmp_path / f"run-{dataset}" / "log.jsonl").read_text().splitlines()])
+    assert logs[0] == logs[1]
+    assert train.main(["--dataset", "tree", *small, "--image-size", "16", "--subset", "50"]) == 0
+    assert (tmp_path / "runs" / "fa-batch-tree-cnn-s0").is_dir() and (tmp_path / "tree.16.pt").exists()
+
+
+def test_decoded_once_and_again_when_the_folder_has_changed(tree, monkeypatch):
+    data.load(str(tree))
+    cache = tree.with_name("my images.32.pt")
+    assert cache.exists()
+    decode = data._decode
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_decode", lambda *_: 1 / 0)
+        data.load(str(tree))                                    # nothing is decoded
+        data.load(f"{tree}/../my images")
+        for change in (lambda: os.utime(tree / "train/ant/00000.png", (1, 1)), lambda: (tree / "train/ant/00003.png").unlink(),
+                       lambda: (tree / "test/ant/00000.png").rename(tree / "test/bee/00000.png")):
+            change()
+            with pytest.raises(ZeroDivisionError):
+                data.load(str(tree))
+            with monkeypatch.context() as whole:
+                whole.setattr(data, "_decode", decode)
+                data.load(str(tree))
+            data.load(str(tree))
+    dataset = data.load(str(tree))
+    assert len(dataset.train_images) == 11 and dataset.test_labels[0] == 1
+
+
+def test_other_sizes_shapes_and_modes_become_square_rgb(tmp_path):
+    for part in ("train", "test"):
+        for name, mode, size in (("a", "L", (64, 48)), ("b", "RGBA", (20, 90)), ("c", "P", (48, 48))):
+            (tmp_path / "t" / part / name).mkdir(parents=True)
+            Image.new(mode, size, 200 if mode == "L" else 0).save(tmp_path / "t" / part / name / "x.png")
+    dataset = data.load(str(tmp_path / "t"), size=24)
+    assert dataset.train_images.shape == (3, 3, 24, 24) and (dataset.train_images[0] == 200).all()
+    # a wide image keeps its middle: the left and right quarters are cut off
+    wide = torch.zeros(3, 24, 48, dtype=torch.uint8)
+    wide[:, :, 12:36] = 255
+    Image.fromarray(wide.permute(1, 2, 0).numpy()).save(tmp_path / "t/train/a/x.png")
+    assert (data.load(str(tmp_path / "t"), size=24).train_images[0] == 255).all()
+
+
+def test_tiny_imagenet_as_it_unpacks(tmp_path):
+    folder = tmp_path / "tiny-imagenet-200"
+    names = ["n01443537", "n01629819"]
+    for name in names:
+        (folder / "train" / name / "images").mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (64, 64), (10 * i, 0, 0)).save(folder / "train" / name / "images" / f"{name}_{i}.JPEG")
+        (folder / "train" / name / f"{name}_boxes.txt").write_text("boxes\n")
+    for part in ("val", "test"):
+        (folder / part / "images").mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (64, 64), (0, 99 * i, 0)).save(folder / part / "images" / f"{part}_{i}.JPEG")
+    (folder / "val" / "val_annotations.txt").write_text(f"val_0.JPEG\t{names[1]}\t0\t32\t44\t62\n"
+                                                        f"val_1.JPEG\t{names[0]}\t1\t1\t2\t2\n")
+    dataset = data.load(str(folder), size=64)
+    assert dataset.classes == names and dataset.train_labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert dataset.test_labels.tolist() == [1, 0] and dataset.test_images[1, 1].float().mean() > 90
+
+
+def nothing(tree):
+    for path in tree.rglob("*.png"):
+        path.unlink()
+
+
+FAULTS = {
+    "no folder": (lambda tree: tree.rename(tree.with_name("gone")), "unknown data set"),
+    "no test": (lambda tree: (tree / "test").rename(tree / "later"), "has no folder val/: a data set needs train/ and test/"),
+    "no train": (lambda tree: (tree / "train").rename(tree / "later"), "has no folder train/"),
+    "empty": (nothing, "no training set: Found no valid file for the classes ant, bee, cow"),
+    "an empty class": (lambda tree: [p.unlink() for p in (tree / "train/bee").iterdir()],
+                       "Found no valid file for the classes bee"),
+    "no class": (lambda tree: [(tree / "train" / name).rename(tree / name) for name in ("ant", "bee", "cow")],
+                 "find any class folder"),
+    "one class": (lambda tree: [(tree / part / name).rename(tree / f"{part}{name}") for part in ("train", "test")
+                                for name in ("ant", "bee")], "has one class only, cow"),
+    "a class more in test": (lambda tree: (tree / "test/bee").rename(tree / "test/dog"), "test has classes that"),
+    "nothing to test": (lambda tree: [p.unlink() for p in (tree / "test").rglob("*.png")], "holds no images (.jpg"),
+    "unreadable": (lambda tree: [(tree / f"train/ant/{i:05}.png").write_bytes(b"no image") for i in (0, 3, 6)],
+                   "cannot be read as images: train/ant/00000.png, train/ant/00003.png, train/ant/00006.png; mend"),
+    "truncated": (lambda tree: (tree / "test/cow/00002.png").write_bytes((tree / "test/cow/00002.png").read_bytes()[:200]),
+                  "cannot be read as images: test/cow/00002.png; mend"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_and_nothing_is_kept(fault, tree, capsys, monkeypatch):
+    monkeypatch.chdir(tree.parent)
+    break_it, said = FAULTS[fault]
+    break_it(tree)
+    with pytest.raises(data.DataError) as e:
+        data.load(str(tree))
+    assert said in str(e.value) and "\n" not in str(e.value), e.value
+    try:
+        status = train.main(["--dataset", "my images", "--device", "cpu"])
+    except SystemExit as stopped:
+        status = stopped.code
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and error.startswith("train.py: ")
+    assert not list(tree.parent.glob("*.pt")) and not list(tree.parent.glob(".*")) and not (tree.parent / "runs").exists()
+
+
+def test_a_cache_that_is_damaged_is_refused_and_one_that_cannot_be_written_is_done_without(tree, monkeypatch):
+    cache = tree.with_name("my images.32.pt")
+    cache.write_bytes(b"no cache")
+    with pytest.raises(data.DataError, match="is damaged or no data set at all"):
+        data.load(str(tree))
+    cache.unlink()
+    monkeypatch.setattr(data, "_write", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.warns(UserWarning, match="cannot keep the decoded images"):
+        assert len(data.load(str(tree)).train_images) == 12
+
+
+def test_the_stamp_reads_no_file(tree):
+    """Size and time of change stand for the content: 100,000 files are not read again for every run."""
+    dataset = data.load(str(tree))
+    stamp = (tree / "train/ant/00000.png").stat()
+    (tree / "train/ant/00000.png").write_bytes(bytes(stamp.st_size))            # same size, same time: not noticed
+    os.utime(tree / "train/ant/00000.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert torch.equal(data.load(str(tree)).train_images, dataset.train_images)
+
+
+@pytest.mark.parametrize("wrong, said", {"--dataset gratings --image-size 64": "--image-size has no effect on gratings",
+                                         "--dataset nowhere": "choose from gratings, cifar10, cifar100, or a folder of images",
+                                         "--image-size 7": "of at least 8"}.items())
+def test_wrong_arguments(wrong, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(wrong.split())
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
