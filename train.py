@@ -176,8 +176,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.lr = args.lr or (0.05 if args.norm else 0.02)
     if args.muon:
         args.muon_lr = args.muon_lr or (0.05 if args.norm else 0.01)
-    if args.norm == "batch" and args.batch_size < 2:
-        p.error("batch normalisation needs a --batch-size of at least 2")
+    if args.norm in ("batch", "whiten") and args.batch_size < 2:
+        p.error(f"--norm {args.norm} compares images with each other and needs a --batch-size of at least 2")
     args.device, args.device_reason = choose_device(p, args.device)
     args.amp_reason = "as asked"
     if args.amp is None:
@@ -396,8 +396,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.subset and args.subset > len(dataset.train_images):
             raise data.DataError(f"--subset {args.subset}: {args.dataset} has {len(dataset.train_images)} training images"
                                  + (" that are not held out" if args.validate else ""))
-        if args.norm == "batch" and args.subset == 1:
-            raise data.DataError("--subset 1: batch normalisation compares images with each other and needs two")
+        if args.norm in ("batch", "whiten") and args.subset == 1:
+            raise data.DataError(f"--subset 1: --norm {args.norm} compares images with each other and needs two")
         trainer = Trainer(args, dataset)
         parts = [rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm),
                  Path(args.dataset).resolve().name, args.model, f"s{args.seed}"]

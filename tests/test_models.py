@@ -49,7 +49,7 @@ def test_resnet34_computes_what_torchvisions_does():
 @pytest.mark.parametrize("classes, w", [(10, 8), (100, 16), (7, 5)])
 @pytest.mark.parametrize("kind", [None, *norm.KINDS])
 def test_counts_by_hand(classes, w, kind):
-    per_channel = {None: 1, "batch": 2, "layer": 2, "rms": 1}[kind]         # the bias, gain and bias, or the gain
+    per_channel = {None: 1, "batch": 2, "layer": 2, "rms": 1, "whiten": 2}[kind]         # the bias, gain and bias, or the gain
 
     def conv(i, o, k=3):
         return i * o * k * k + per_channel * o

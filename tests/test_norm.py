@@ -46,9 +46,79 @@ def test_batch_norm_is_torchs(shape):
     assert torch.equal(ours.running_mean, before)
 
 
-def test_batch_norm_of_one_value_is_refused():
+@pytest.mark.parametrize("kind", ["batch", "whiten"])
+def test_one_value_is_refused(kind):
     with pytest.raises(ValueError, match="more than 1 value"):
-        norm.make("batch", 5)(torch.zeros(1, 5))
+        norm.make(kind, 5)(torch.zeros(1, 5))
+    assert torch.isfinite(norm.make(kind, 5).eval()(torch.zeros(1, 5))).all()
+
+
+# ---- whitening -------------------------------------------------------------------------------------------------
+
+def exact_zca(x, group):
+    """By eigenvectors, in float64, for each group of channels."""
+    rows = x.detach().double().movedim(1, 0).flatten(1).view(-1, group, x.numel() // x.shape[1])
+    rows = rows - rows.mean(-1, keepdim=True)
+    values, vectors = torch.linalg.eigh(rows @ rows.mT / rows.shape[-1])
+    rows = vectors @ (values ** -0.5).diag_embed() @ vectors.mT @ rows
+    return rows.reshape(x.shape[1], x.shape[0], *x.shape[2:]).movedim(0, 1)
+
+
+def correlated(shape):
+    """Channels that have something in common, but not so much that five steps are too few."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    return 2 + x + 0.3 * x.flip(1)
+
+
+def test_the_inverse_square_root_is_one():
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(3, 8, 8, dtype=torch.float64))[0]
+    for condition, steps, left in ((5, 8, 1e-9), (100, 10, 1e-2)):
+        S = Q @ torch.linspace(1, condition, 8, dtype=torch.float64).diag_embed() @ Q.mT
+        errors = []
+        for k in range(1, steps + 1):
+            root = norm.inverse_square_root(S, k)
+            errors.append((root @ S @ root - torch.eye(8)).norm().item())
+        assert errors == sorted(errors, reverse=True) and errors[-1] < left         # every step brings it closer
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 4, 3), (500, 8), (40, 96, 3, 3)], ids=str)
+def test_whitening_is_zca(shape):
+    x, layer = correlated(shape), norm.Whitening(shape[1], steps=12, eps=0).double()
+    assert layer.group == {8: 8, 96: 32}[shape[1]]
+    y = layer(x)
+    assert torch.allclose(y, exact_zca(x, layer.group), atol=1e-6)
+    five = norm.Whitening(shape[1]).double()(x)
+    assert (five - y).norm() / y.norm() < 0.2                   # and five steps come near
+    rows = y.movedim(1, 0).flatten(1).view(-1, layer.group, x.numel() // x.shape[1])
+    assert torch.allclose(rows @ rows.mT / rows.shape[-1], torch.eye(layer.group).double(), atol=1e-6)
+    assert torch.allclose(rows.mean(-1), torch.zeros(()).double(), atol=1e-9)
+
+
+def test_whitening_without_neighbours_is_batch_norm():
+    """Odd channel numbers have groups of one."""
+    x = images((6, 5, 4, 3))
+    ours, reference = norm.Whitening(5, steps=20).double(), norm.BatchNorm(5).double()
+    assert ours.group == 1 and torch.allclose(ours(x), reference(x), atol=1e-6)
+    assert torch.allclose(ours.running_mean, reference.running_mean)
+    assert torch.allclose(ours.running_covariance.flatten(), reference.running_var)
+
+
+def test_whitening_remembers_for_evaluation():
+    x, layer = correlated((64, 8, 4, 3)), norm.Whitening(8, momentum=1.0).double()
+    trained = layer(x)
+    layer.eval()
+    count = 64 * 4 * 3
+    scale = (count / (count - 1)) ** 0.5                        # the running covariance is unbiased
+    assert torch.allclose(layer(x) * scale, trained, rtol=1e-4, atol=1e-4)
+    before = layer.running_covariance.clone()
+    assert torch.allclose(layer(x[:1]), layer(x)[:1]) and torch.equal(layer.running_covariance, before)
+
+
+def test_whitenings_gradient_is_autograds_own_and_right():
+    x, layer = correlated((9, 4)).requires_grad_(), norm.Whitening(4).double()
+    torch.autograd.gradcheck(lambda x: layer(x), x)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -65,7 +135,7 @@ def test_layer_and_rms_norm_are_torchs(shape, kind, reference):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", norm.KINDS)
+@pytest.mark.parametrize("kind", ["batch", "layer", "rms"])
 def test_forward_is_the_equation(kind, shape):
     x, layer = images(shape), fresh(kind)
     assert torch.allclose(layer(x), layer.equation(x), rtol=1e-10)
@@ -83,11 +153,11 @@ def test_channels_last_and_bf16(kind):
 def test_make():
     x = torch.randn(2, 3)
     assert torch.equal(norm.make(None, 3)(x), x) and not list(norm.make(None, 3).parameters())
-    with pytest.raises(ValueError, match="batch, layer, rms"):
+    with pytest.raises(ValueError, match="batch, layer, rms, whiten"):
         norm.make("instance", 3)
 
 
-def test_only_batch_norm_keeps_inputs_apart():
+def test_only_batch_norm_and_whitening_keep_inputs_apart():
     """The demonstration's claim."""
     torch.manual_seed(0)
     weights = [torch.randn(128, 128) * (2 / 128) ** 0.5 for _ in range(16)]
@@ -97,4 +167,4 @@ def test_only_batch_norm_keeps_inputs_apart():
         for W in weights:
             x = norm.make(kind, 128)(x @ W.mT).relu().detach()
         cosine[kind] = norm._mean_cosine(x)
-    assert cosine["batch"] < 0.4 and all(cosine[kind] > 0.8 for kind in (None, "layer", "rms"))
+    assert cosine["batch"] < 0.4 and cosine["whiten"] < 0.4 and all(cosine[kind] > 0.8 for kind in (None, "layer", "rms"))
