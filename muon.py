@@ -24,9 +24,11 @@ Left out: learning-rate schedules, distributed steps, and any norm other than th
 """
 from __future__ import annotations
 
+import argparse
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -140,8 +142,10 @@ def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return hidden, [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
 
 
-def demonstrate() -> None:
-    """A matrix with the steep spectrum of a gradient, before and after."""
+# ---- a demonstration -------------------------------------------------------------------------------------------
+
+def demonstrate(out: Path | None = None) -> None:
+    """A matrix with the steep spectrum of a gradient, before and after Newton–Schulz."""
     torch.manual_seed(0)
     P, Q = torch.linalg.qr(torch.randn(64, 64))[0], torch.linalg.qr(torch.randn(256, 64))[0]
     sigma = torch.logspace(0, -3, 64)                                       # 1 down to 0.001
@@ -154,11 +158,49 @@ def demonstrate() -> None:
     bf16, f32 = newton_schulz(X).float(), newton_schulz(X, dtype=torch.float32)
     print(f"bf16 and float32 differ by {((bf16 - f32).norm() / f32.norm()).item():.1%} after 5 steps")
     print(f"angle to the exact P Qᵀ: {_angle(X, P @ Q.mT):.0f}° before, {_angle(f32, P @ Q.mT):.0f}° after 5 steps")
+    if out:
+        _draw(out, X)
+        print(out)
 
 
 def _angle(a: Tensor, b: Tensor) -> float:
     return float(nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).arccos().rad2deg())
 
 
+def _draw(out: Path, X: Tensor) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    a, b, c = COEFFICIENTS
+    start = sigma = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    for steps, colour in enumerate(("#999999", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0072B2")):
+        if steps:
+            sigma = a * sigma + b * sigma ** 3 + c * sigma ** 5
+        if steps in (0, 1, 2, 5):
+            name = f"{steps} step{'s' * (steps != 1)}"
+            left.plot(start, sigma, color=colour, linewidth=2, label=name)
+            values = torch.linalg.svdvals(newton_schulz(X, steps, torch.float32))
+            right.plot(range(1, len(values) + 1), values, color=colour, linewidth=2, label=name)
+    left.axhline(1, color="#999999", linewidth=1, linestyle=":")
+    left.set(title="p(σ) = 3.4445 σ - 4.7750 σ³ + 2.0315 σ⁵, repeated", xlabel="singular value before", ylabel="after", ylim=(0, 1.35))
+    right.set(title="singular values of a 64 × 256 matrix, largest first", xlabel="i", ylabel="σ_i", ylim=(0, 1.35))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(out, dpi=130, format="png")
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="muon.py", description=demonstrate.__doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="save a picture too")
+    out = parser.parse_args().out
+    try:
+        demonstrate(out)
+    except OSError as e:
+        parser.exit(2, f"{parser.prog}: --out {out}: {e.strerror or e}\n")
+
+
 if __name__ == "__main__":
-    demonstrate()
+    main()

@@ -251,7 +251,7 @@ def _draw(out: Path, cosines: dict, ranks: dict) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, title="normalisation")
-    figure.savefig(out, dpi=130)
+    figure.savefig(out, dpi=130, format="png")
     plt.close(figure)
 
 
@@ -267,7 +267,15 @@ def _effective_rank(x: Tensor) -> float:
     return torch.exp(-torch.special.xlogy(p, p).sum()).item()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="norm.py", description=demonstrate.__doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="save a picture too")
+    out = parser.parse_args().out
+    try:
+        demonstrate(out)
+    except OSError as e:
+        parser.exit(2, f"{parser.prog}: --out {out}: {e.strerror or e}\n")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=demonstrate.__doc__)
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="save a picture")
-    demonstrate(parser.parse_args().out)
+    main()

@@ -324,11 +324,11 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] 
 
 # ---- a demonstration -------------------------------------------------------------------------------------------
 
-def demonstrate() -> None:
+def demonstrate(out: Path | None = None) -> None:
     """Matrices whose rank is known, and what the measures say."""
     torch.manual_seed(0)
     P, Q = torch.linalg.qr(torch.randn(100, 100))[0], torch.linalg.qr(torch.randn(300, 100))[0]
-    low = torch.randn(100, 5) @ torch.randn(5, 300)
+    low = (torch.randn(100, 5).double() @ torch.randn(5, 300).double())   # in float32 rounding would give it full rank
     examples = {"100 equal singular values": P @ Q.mT,
                 "σ_i = 1/i": P @ (1 / torch.arange(1, 101)).diag() @ Q.mT,
                 "σ_i = 0.9^i": P @ (0.9 ** torch.arange(100)).diag() @ Q.mT,
@@ -340,17 +340,41 @@ def demonstrate() -> None:
     for name, M in examples.items():
         exact = torch.linalg.matrix_rank(M.double()).item()
         print(f"{name:28}{exact:6}{effective_rank(M):11.1f}{participation_ratio(M):15.1f}{stable_rank(M):8.1f}")
+    if out:
+        _draw_examples(out, examples)
+        print(out)
+
+
+def _draw_examples(out: Path, examples: dict[str, Tensor]) -> None:
+    """Each spectrum, and how many of its directions count."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    for i, ((name, M), colour) in enumerate(zip(examples.items(), COLOURS)):
+        sigma = torch.linalg.svdvals(M.double())
+        left.plot(range(1, 101), sigma / sigma[0], color=colour, linewidth=2)
+        right.barh(-i, effective_rank(M), color=colour, height=0.6)
+        right.annotate(f"{effective_rank(M):.1f}", (effective_rank(M) + 1, -i), va="center", fontsize=11)
+    left.set(title="singular values", xlabel="i", ylabel="σ_i / σ_1", ylim=(-0.03, 1.05))
+    right.set(title="effective rank: how many of them count", xlabel="effective rank (at most 100)", xlim=(0, 110))
+    right.set_yticks([-i for i in range(len(examples))], examples, fontsize=11)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=130, format="png")
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="rank.py", description="Draw the recorded ranks of runs; without a run, a demonstration.")
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run made with train.py --rank")
-    p.add_argument("--out", type=Path, default=Path("rank.png"), help="the picture (default: rank.png)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="the picture (default: rank.png, none of the demonstration)")
     args = p.parse_args(argv)
-    if not args.runs:
-        demonstrate()
-        return 0
     try:
+        if not args.runs:
+            demonstrate(args.out)
+            return 0
+        args.out = args.out or Path("rank.png")
         if len(args.runs) > len(COLOURS):
             raise ValueError(f"{len(args.runs)} runs are more than can be told apart; choose at most {len(COLOURS)}")
         read_runs = [read(run) for run in args.runs]

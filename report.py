@@ -18,6 +18,7 @@ import runs
 COLOURS = {"backprop": "#888888", "backprop + norm": "#000000", "backprop + Muon": "#CC79A7",
            "backprop + Muon + norm": "#009E73", "frozen features": "#999933", "FA": "#D55E00", "FA + Muon": "#E69F00",
            "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2",
+           "DFA": "#E69F00", "sign-symmetry": "#009E73", "Kolen–Pollack": "#0072B2",
            "B × 3": "#D55E00", "orthogonal B": "#009E73", "B × 3, orthogonal": "#000000", "Muon decay 0.05": "#E69F00",
            "B × 3, Muon decay 0.05": "#CC79A7"}                            # Okabe & Ito 2008: safe for the colour-blind
 OTHERS = ("#AA4499", "#882255", "#117733", "#661100", "#44AA99")          # Tol 2021, for the rows that a user adds

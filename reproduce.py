@@ -121,6 +121,18 @@ EXPERIMENTS = {
         {"FA + Muon + norm": "", "B × 3": "--feedback-gain 3", "orthogonal B": "--feedback-orthogonal",
          "B × 3, orthogonal": "--feedback-gain 3 --feedback-orthogonal", "Muon decay 0.05": "--muon-weight-decay 0.05",
          "B × 3, Muon decay 0.05": "--feedback-gain 3 --muon-weight-decay 0.05"}),
+    "rules": Experiment(
+        "Beyond the paper: the rules of fa.py in one common setting, with both fixes. The 4-layer CNN of width 16, the first 10,000 "
+        "training images of CIFAR-10, 10 epochs, the whole test set.",
+        "--dataset cifar10 --width 16 --subset 10000 --epochs 10 --muon --norm",
+        {"backprop": "--rule bp", "Kolen–Pollack": "--rule kp", "sign-symmetry": "--rule sign", "FA": "--rule fa",
+         "DFA": "--rule dfa", "frozen features": "--rule frozen"}, seeds=3),
+    "norms": Experiment(
+        "The paper explains that batch normalisation helps by making activations orthogonal. Whitening makes them so directly: "
+        "does it help more? The 4-layer CNN of width 16, the first 10,000 training images of CIFAR-10, 10 epochs.",
+        "--dataset cifar10 --width 16 --subset 10000 --epochs 10 {}",
+        {"backprop": "--rule bp", "backprop + Muon": "--rule bp --muon", "FA": "--rule fa", "FA + Muon": "--rule fa --muon"},
+        {"none": "", **{kind: f"--norm {kind}" for kind in ("rms", "layer", "batch", "whiten")}}, "normalisation", "sweep"),
     "cifar100": Experiment(
         "The paper's headline table: ResNet-18 on all of CIFAR-100, 100 epochs.",
         "--dataset cifar100", {**ALL, "frozen features": "--rule frozen --norm"}, paper=PAPER),
