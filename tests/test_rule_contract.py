@@ -1,6 +1,7 @@
 """What every learning rule owes. Checks the rules of fa.py, or yours:
 
     python -m pytest tests/test_rule_contract.py --rule my_rule.py:MyRule
+    python -m pytest tests/test_rule_contract.py --rule "submissions/*.py:MyRule" --like kp
 
 Each property is one test, and its first line is what the report says. A rule that transports weights must say so with
 `uses_weight = True` in its class.
@@ -176,6 +177,28 @@ def test_removed(rule):
     expect(model.state_dict().keys() == plain.state_dict().keys(), "names are left in the state_dict: " + ", ".join(
         sorted(model.state_dict().keys() - plain.state_dict().keys())))
     expect(same(gradients(model, x, labels), gradients(plain, x, labels)), "the gradients differ from backprop's")
+
+
+def weights_after(rule, steps=5):
+    model, x, labels, handle = attached(rule)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        handle.before_step()
+        optimiser.step()
+    return dict(model.named_parameters())
+
+
+def test_like(rule, request):
+    """does what the rule named by --like does: the same weights after 5 steps"""
+    like = request.config.getoption("--like")
+    wanted, got = weights_after(rulefile.load(like)), weights_after(rule)
+    missing = sorted(wanted.keys() - got.keys())
+    expect(not missing, f"{', '.join(missing)}: no parameters of the model, so no optimiser updates them")
+    for name, parameter in wanted.items():
+        expect(torch.allclose(got[name], parameter, rtol=1e-6, atol=1e-9), f"after 5 steps {name} differs from what it is under "
+               f"{like}, by {((got[name] - parameter).norm() / parameter.norm()).item():.2g} of its norm")
 
 
 def accuracy_on_gratings(rule):

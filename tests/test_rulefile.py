@@ -190,3 +190,27 @@ def test_the_graders_report(tmp_path):
     assert "the feedback is a copy of W" in parts["copied.py"]
     assert "FAILED  saves its feedback" in parts["forgetful.py"]
     assert "FAILED  is deterministic" in parts["unseeded.py"]
+
+
+def test_the_assignment_is_graded_against_the_reference(tmp_path):
+    """As handed out, solved, and solved wrongly: fixed feedback, feedback that no optimiser sees, feedback without decay."""
+    stub = (ROOT / "assignments" / "kolen_pollack.py").read_text()
+    (tmp_path / "a_stub.py").write_text(stub)
+    bodies = {"b_solved": ("layer.feedback = nn.Parameter(self.draw(layer))", "layer.feedback.grad = layer.weight.grad.clone()"),
+              "c_fixed": ("super().prepare(layer)", "pass"),
+              "d_still": ("layer.feedback = nn.Parameter(self.draw(layer))", "pass")}
+    for name, lines in bodies.items():
+        source = stub
+        for line in lines:
+            start = source.index("raise NotImplementedError")
+            source = source[:start] + line + source[source.index("\n", start):]
+        (tmp_path / f"{name}.py").write_text(source)
+    done = subprocess.run([sys.executable, "-m", "pytest", ROOT / "tests" / "test_rule_contract.py", "-k", "not learns", "-p",
+                           "no:cacheprovider", "--rule", f"{tmp_path}/*.py:MyRule", "--like", "kp"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    report = done.stdout
+    for name, score in {"a_stub": " 0 of 10", "b_solved": "10 of 10", "c_fixed": " 9 of 10", "d_still": " 9 of 10"}.items():
+        assert f"{score}  {tmp_path}/{name}.py:MyRule" in report, report
+    assert "a_stub.py, line 23, in prepare: NotImplementedError: make layer.feedback a parameter" in report
+    assert "2.feedback, 4.feedback, 6.feedback, 8.feedback: no parameters of the model" in report
+    assert "after 5 steps 0.weight differs from what it is under kp, by" in report
