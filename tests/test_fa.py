@@ -474,8 +474,8 @@ def test_the_ten_line_rule_of_the_docstring():
 
 
 def test_the_readmes_example_runs():
-    (code,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, _ = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names = {"model": models.cnn(width=4)}
     exec(code, names)
     gradients(names["model"], torch.randn(2, 3, 32, 32))
-    assert isinstance(names["model"].classifier.rule, names["Signs"]) and len(names["hidden"]) == 3
+    assert len(names["hidden"]) == 3 and not hasattr(names["model"].classifier, "rule")

@@ -1,5 +1,6 @@
 """A rule out of anybody's file: it trains like a built-in one, and whatever is wrong with it is one line."""
 import json
+import re
 import subprocess
 import sys
 
@@ -214,3 +215,17 @@ def test_the_assignment_is_graded_against_the_reference(tmp_path):
     assert "a_stub.py, line 23, in prepare: NotImplementedError: make layer.feedback a parameter" in report
     assert "2.feedback, 4.feedback, 6.feedback, 8.feedback: no parameters of the model" in report
     assert "after 5 steps 0.weight differs from what it is under kp, by" in report
+
+
+def test_the_readmes_rule_is_a_whole_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, code = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "my_rule.py").write_text(code)
+    assert len(code.splitlines()) <= 10
+    layer, error = torch.nn.Linear(4, 3), torch.randn(2, 3)
+    both = [rulefile.make(rulefile.load(text), 0) for text in ("my_rule.py:MyRule", "sign")]
+    sent = []
+    for one in both:
+        one.prepare(layer)
+        sent.append(one.backward(layer, error, torch.Size((2, 4))))
+    assert torch.equal(*sent)
