@@ -105,6 +105,12 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
     dataset = data.load(str(folder), size=64)
     assert dataset.classes == names and dataset.train_labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert dataset.test_labels.tolist() == [1, 0] and dataset.test_images[1, 1].float().mean() > 90
+    annotations = folder / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().replace(names[1], names[0]))         # other labels, the same images
+    assert data.load(str(folder), size=64).test_labels.tolist() == [0, 0]
+    annotations.write_text("val_0.JPEG\tn00000000\t0\t32\t44\t62\n")
+    with pytest.raises(data.DataError, match="has classes that .* lacks: n00000000"):
+        data.load(str(folder), size=64)
 
 
 def nothing(tree):
