@@ -445,7 +445,7 @@ def demonstrate(out: Path | None = None) -> None:
         loss = (student(x) - teacher(x).detach()).square().mean()
         optimiser.zero_grad()
         loss.backward()
-        if step in (0, 10, 30, 60) or step % 100 == 0:
+        if step in (0, 10, 30, 100, 300) or step % 200 == 0:
             ours = [layer.weight.grad.clone() for layer in student[::2]]
             with handle.exact():                        # the same batch, the same weights, the true gradient
                 exact = torch.autograd.grad((student(x) - teacher(x)).square().mean(), [m.weight for m in student[::2]])
