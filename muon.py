@@ -103,28 +103,31 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            stacks = defaultdict(list)                                      # shape of the flattened weight -> parameters
-            for p in group["params"]:
-                if p.grad is not None:
-                    stacks[len(p), p[0].numel(), p.dtype, p.device].append(p)
-            for (out, fan_in, *_), params in stacks.items():
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = self._momentum(params, group)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            stacks = defaultdict(list)                                      # shape of the flattened weight -> [(p, U)]
+            for p, u in zip(params, updates):
+                stacks[len(p), p.numel() // len(p), p.dtype, p.device].append((p, u))
+            for (out, fan_in, dtype, _), pairs in stacks.items():           # one batched product for all of a shape
                 scale = math.sqrt(max(1, out / fan_in))
-                update = newton_schulz(self._momentum(params, group), group["steps"], group["dtype"])
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                for p, u in zip(params, update):
-                    p.add_(u.view(p.shape), alpha=-group["lr"] * scale)
+                U = torch.stack([u.flatten(1) for _, u in pairs]).to(group["dtype"])        # (k, out, in·kh·kw)
+                O = newton_schulz(U, group["steps"], group["dtype"]).to(dtype)
+                torch._foreach_add_([p for p, _ in pairs], [o.view(p.shape) for (p, _), o in zip(pairs, O)],
+                                    alpha=-group["lr"] * scale)
         return loss
 
-    def _momentum(self, params: list[Tensor], group: dict) -> Tensor:
-        """Advance M; return U of same-shaped weights, flattened and stacked: (k, out, in·kh·kw)."""
+    def _momentum(self, params: list[Tensor], group: dict) -> list[Tensor]:
+        """Advance M and return U, shaped like the parameters."""
         grads = [p.grad for p in params]
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])         # M ← M + (1 - μ)(G - M)
-        updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-        return torch.stack([u.to(group["dtype"]).flatten(1) for u in updates])
+        return list(torch._foreach_lerp(grads, momenta, group["momentum"])) if group["nesterov"] else momenta
 
 
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
