@@ -300,19 +300,22 @@ class Normalise:
         return (images - self.mean) / self.std
 
 
-def augment(images: Tensor, generator: torch.Generator, flip: bool = True, pad: int = 4) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, flip: bool = True, pad: int = 4,
+            of: tuple[int, slice] | None = None) -> Tensor:
     """Move each image by up to `pad` pixels each way (black comes in) and mirror half of them, left to right.
 
     (N, C, H, W) in, the same shape and dtype out, in channels_last memory. `generator` is on the images' device.
+    `of` = (count, part) says that these images are a part of so many, for which the random numbers are drawn.
     """
     n, _, height, width = images.shape
+    count, part = of or (n, slice(None))
     device = images.device
     padded = F.pad(images, (pad,) * 4)
-    top, left = torch.randint(2 * pad + 1, (2, n, 1), generator=generator, device=device)
+    top, left = torch.randint(2 * pad + 1, (2, count, 1), generator=generator, device=device)[:, part]
     rows = top + torch.arange(height, device=device)                                # (n, H)
     columns = left + torch.arange(width, device=device)                             # (n, W)
     if flip:
-        mirror = torch.rand(n, 1, generator=generator, device=device) < 0.5
+        mirror = torch.rand(count, 1, generator=generator, device=device)[part] < 0.5
         columns = torch.where(mirror, columns.flip(1), columns)
     each = torch.arange(n, device=device)[:, None, None]
     crops = padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]]      # (n, H, W, C)
@@ -320,15 +323,19 @@ def augment(images: Tensor, generator: torch.Generator, flip: bool = True, pad: 
 
 
 def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generator,
-            flip: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+            flip: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in random order, augmented: (uint8 images, labels) of `size` each.
 
     A last, smaller batch is left out, as its gradient would be noisier; with fewer images than `size`, they are one batch.
+    share = (k, n) gives the k-th of n equal parts of every batch, as one of n processes needs it.
     """
+    k, n = share
     order = torch.randperm(len(images), generator=generator, device=images.device)
     for step in range(steps(len(images), size)):
         chosen = order[step * size:(step + 1) * size]
-        yield augment(images[chosen], generator, flip), labels[chosen]
+        part = slice(k * (len(chosen) // n), (k + 1) * (len(chosen) // n))
+        mine = chosen[part]
+        yield augment(images[mine], generator, flip, of=(len(chosen), part)), labels[mine]
 
 
 def steps(images: int, size: int) -> int:

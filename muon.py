@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # Jordan et al. 2024; torch.optim.Muon has the same
@@ -73,6 +74,8 @@ class Muon(torch.optim.Optimizer):
     nesterov      look ahead by one more momentum step
     weight_decay  λ, decoupled: the weights shrink by ηλ a step
     steps, dtype  of `newton_schulz`
+    divide        in a data-parallel training, where all processes have the same gradients, each orthogonalises its share of
+                  the matrices and gets the others' from the other processes
 
     Step for step what torch.optim.Muon (2.9 and later, adjust_lr_fn="original") does to a matrix; that one refuses
     convolutions and takes one matrix at a time, this one stacks equal shapes. `p.grad` is never written to.
@@ -80,11 +83,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True,
-                 weight_decay: float = 0.0, steps: int = 5, dtype: torch.dtype = torch.bfloat16):
+                 weight_decay: float = 0.0, steps: int = 5, dtype: torch.dtype = torch.bfloat16, divide: bool = False):
         if not 0 <= lr < math.inf or not 0 <= weight_decay < math.inf:
             raise ValueError(f"lr and weight_decay must be finite and at least 0, not {lr} and {weight_decay}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), not {momentum}")
+        self.divide = divide
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                                       steps=steps, dtype=dtype))
 
@@ -108,16 +112,30 @@ class Muon(torch.optim.Optimizer):
                 continue
             updates = self._momentum(params, group)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            stacks = defaultdict(list)                                      # shape of the flattened weight -> [(p, U)]
-            for p, u in zip(params, updates):
-                stacks[len(p), p.numel() // len(p), p.dtype, p.device].append((p, u))
-            for (out, fan_in, dtype, _), pairs in stacks.items():           # one batched product for all of a shape
-                scale = math.sqrt(max(1, out / fan_in))
-                U = torch.stack([u.flatten(1) for _, u in pairs]).to(group["dtype"])        # (k, out, in·kh·kw)
-                O = newton_schulz(U, group["steps"], group["dtype"]).to(dtype)
-                torch._foreach_add_([p for p, _ in pairs], [o.view(p.shape) for (p, _), o in zip(pairs, O)],
-                                    alpha=-group["lr"] * scale)
+            orthogonal: dict[int, Tensor] = {}                              # index of the parameter -> O
+            for stack in _stacks(params, self._share(params)):              # one batched product for all of a shape
+                U = torch.stack([updates[i].flatten(1) for i in stack]).to(group["dtype"])      # (k, out, in·kh·kw)
+                orthogonal.update(zip(stack, newton_schulz(U, group["steps"], group["dtype"]).to(params[stack[0]].dtype)))
+            if self.divide:
+                _exchange(params, orthogonal)
+            for stack in _stacks(params, range(len(params))):
+                out, fan_in = len(params[stack[0]]), params[stack[0]].numel() // len(params[stack[0]])
+                torch._foreach_add_([params[i] for i in stack], [orthogonal[i].view(params[i].shape) for i in stack],
+                                    alpha=-group["lr"] * math.sqrt(max(1, out / fan_in)))
         return loss
+
+    def _share(self, params: list[Tensor]) -> list[int]:
+        """Which parameters this process orthogonalises: all of them, or with `divide` about as much work as the others."""
+        if not self.divide:
+            return list(range(len(params)))
+        work = [p.numel() * min(len(p), p.numel() // len(p)) for p in params]
+        loads, mine = [0] * dist.get_world_size(), []
+        for i in sorted(range(len(params)), key=lambda i: -work[i]):        # the largest first, to whom has the least
+            k = loads.index(min(loads))
+            loads[k] += work[i]
+            if k == dist.get_rank():
+                mine.append(i)
+        return sorted(mine)
 
     def _momentum(self, params: list[Tensor], group: dict) -> list[Tensor]:
         """Advance M and return U, shaped like the parameters."""
@@ -128,6 +146,22 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])         # M ← M + (1 - μ)(G - M)
         return list(torch._foreach_lerp(grads, momenta, group["momentum"])) if group["nesterov"] else momenta
+
+
+def _stacks(params: list[Tensor], indices: Iterable[int]) -> list[list[int]]:
+    """The indices, those of parameters of the same flattened shape together."""
+    stacks = defaultdict(list)
+    for i in indices:
+        p = params[i]
+        stacks[len(p), p.numel() // len(p), p.dtype, p.device].append(i)
+    return list(stacks.values())
+
+
+def _exchange(params: list[Tensor], orthogonal: dict[int, Tensor]) -> None:
+    """Every process has some of the orthogonal matrices; afterwards every process has all."""
+    flat = torch.cat([orthogonal[i].flatten() if i in orthogonal else p.new_zeros(p.numel()) for i, p in enumerate(params)])
+    dist.all_reduce(flat)
+    orthogonal.update(enumerate(flat.split([p.numel() for p in params])))
 
 
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -35,6 +35,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,6 +49,31 @@ def standardise(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     mean = x.mean(axes, keepdim=True)
     variance = (x - mean).square().mean(axes, keepdim=True)
     return (x - mean) / (variance + eps).sqrt()
+
+
+def processes() -> int:
+    """How many train together (parallel.py)."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """Each process's v counts 1/n in every process's mean, so the gradient of v is the mean of all their gradients."""
+
+    @staticmethod
+    def forward(ctx, v: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)                                # no error stays no error, instead of zeros
+        v = v.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(v)
+        return v / processes()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else _MeanOverProcesses.forward(ctx, gradient)
+
+
+def over_processes(v: Tensor) -> Tensor:
+    """The mean of v over the processes; with one process, v."""
+    return _MeanOverProcesses.apply(v) if processes() > 1 else v
 
 
 class BatchNorm(nn.Module):
@@ -71,8 +97,24 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.num_batches_tracked.add_(1)
+            if processes() > 1:
+                return self._together(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
                             self.momentum, self.eps)
+
+    def _together(self, x: Tensor) -> Tensor:
+        """The same over the images of all processes: torch's own nn.SyncBatchNorm knows no CPU."""
+        axes, count = (0, *range(2, x.dim())), processes() * x.numel() // x.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+            mean = over_processes(wide.mean(axes))
+            centred = wide - _per_channel(mean, x)
+            variance = over_processes(centred.square().mean(axes))
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
+            y = centred * _per_channel(self.weight / (variance + self.eps).sqrt(), x) + _per_channel(self.bias, x)
+            return y.to(x.dtype)
 
     def equation(self, x: Tensor) -> Tensor:
         """What forward returns in training."""
@@ -177,12 +219,12 @@ class Whitening(nn.Module):
         """Mean (C/g, g, 1) and covariance Σ (C/g, g, g): the batch's in training, else those remembered."""
         if not self.training:
             return self.running_mean.view(-1, self.group, 1), self.running_covariance
-        count = rows.shape[-1]
+        count = processes() * rows.shape[-1]
         if count < 2:
             raise ValueError("Expected more than 1 value per channel when training")
-        mean = rows.mean(-1, keepdim=True)
+        mean = over_processes(rows.mean(-1, keepdim=True))
         centred = rows - mean
-        covariance = centred @ centred.mT / count
+        covariance = over_processes(centred @ centred.mT / rows.shape[-1])
         with torch.no_grad():
             self.running_mean.lerp_(mean.flatten().to(self.running_mean), self.momentum)
             self.running_covariance.lerp_((covariance * count / (count - 1)).to(self.running_covariance), self.momentum)

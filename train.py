@@ -3,6 +3,7 @@
     python train.py                                                   # fa on gratings: under a minute on a laptop
     python train.py --muon --norm                                     # the same, repaired
     python train.py --rule fa --muon --norm --dataset cifar100        # the paper's headline run, ResNet-18
+    torchrun --nproc-per-node 4 train.py ...                          # the same on four GPUs (parallel.py)
 
 The paper (Boeshertz, Pascanu & Clopath 2026) trains deep networks by feedback alignment (fa.py) and repairs its collapsing
 error signal in two ways: Muon for the hidden weights (muon.py) and normalised hidden activity (norm.py). Each is a flag.
@@ -36,6 +37,7 @@ import intervene
 import models
 import muon
 import norm
+import parallel
 import rank
 import rulefile
 import runs
@@ -217,7 +219,9 @@ class Trainer:
         self.args = args
         device = args.device
         self.train_images, self.train_labels = (t[:args.subset].to(device) for t in dataset[:2])
-        self.test_images, self.test_labels = (t.to(device) for t in dataset[2:4])
+        share = slice(parallel.rank(), None, parallel.size())                   # of several processes each tests a part
+        self.test_images, self.test_labels = (t[share].to(device) for t in dataset[2:4])
+        self.test_count = len(dataset.test_images)
         self.normalise = data.Normalise(self.train_images)
         self.generator = torch.Generator(device).manual_seed(args.seed)         # order and augmentation
         self.flip = args.dataset != "gratings"                                  # a mirrored grating is another class
@@ -231,6 +235,8 @@ class Trainer:
         chosen = rulefile.load(args.rule)
         self.handle = fa.attach(self.model, rulefile.make(chosen, args.seed, args.feedback_gain, args.feedback_orthogonal))
 
+        self.parallel = parallel.wrap(self.model, self.reached() if parallel.size() > 1 else set())
+
         hidden, others = muon.split(self.model)
         # intervene.py: an experiment upon the hidden updates, the same weights that Muon would have
         change = intervene.flatten if args.flatten else partial(intervene.cut, r=args.cut) if args.cut else None
@@ -241,7 +247,8 @@ class Trainer:
         self.optimisers = [(sgd, args.lr)]
         if hidden:
             decay = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
-            self.optimisers.insert(0, (muon.Muon(hidden, args.muon_lr, weight_decay=decay), args.muon_lr))
+            self.optimisers.insert(0, (muon.Muon(hidden, args.muon_lr, weight_decay=decay, divide=parallel.size() > 1),
+                                       args.muon_lr))
         self.step = 0
         self.steps_per_epoch = data.steps(len(self.train_images), args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
@@ -251,17 +258,25 @@ class Trainer:
                                           self.train_labels[:512])
             self.trajectory = rank.Trajectory(self.model)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, model: torch.nn.Module | None = None) -> Tensor:
         """uint8 images -> logits."""
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
-            return self.model(self.normalise(images))
+            return (model or self.model)(self.normalise(images))
+
+    def reached(self) -> set[str]:
+        """Names of the parameters that a backward pass gives a gradient; leaves no trace."""
+        with rank.undisturbed(self.model):
+            self.model.train()
+            self.model.zero_grad()
+            F.cross_entropy(self.model(self.normalise(self.train_images[:2])), self.train_labels[:2]).backward()
+            return {name for name, p in self.model.named_parameters() if p.grad is not None}
 
     def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns its loss and the number of images classified right, both still on the device."""
         for optimiser, lr in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = lr * (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
-        logits = self.forward(images)
+        logits = self.forward(images, self.parallel)
         loss = F.cross_entropy(logits.float(), labels)
         self.model.zero_grad()
         loss.backward()                                                         # fa.py's hooks run in here
@@ -283,27 +298,30 @@ class Trainer:
 
         self.model.train()
         losses, right, seen = [], 0, 0
-        batches = data.batches(self.train_images, self.train_labels, self.args.batch_size, self.generator, self.flip)
-        for images, labels in tqdm(batches, label, self.steps_per_epoch, leave=False, disable=None, unit="step"):
+        batches = data.batches(self.train_images, self.train_labels, self.args.batch_size, self.generator, self.flip,
+                               share=(parallel.rank(), parallel.size()))
+        for images, labels in tqdm(batches, label, self.steps_per_epoch, leave=False, disable=parallel.rank() > 0 or None,
+                                   unit="step"):
             loss, correct = self.update(images, labels)
             losses.append(loss)
             right, seen = right + correct, seen + len(labels)
             if len(losses) % 20 == 0 or len(losses) == self.steps_per_epoch:    # reading a loss makes a GPU wait
-                finite = torch.stack(losses).isfinite()
+                finite = parallel.mean(torch.stack(losses)).isfinite()
                 if not finite.all():
                     return diverged(self.step - len(losses) + int(finite.int().argmin()) + 1)
         if not all(p.isfinite().all() for p in self.model.parameters()):        # the last update's, which no loss has seen yet
             return diverged(self.step)
-        return {"diverged": False, "step": self.step, "train_loss": torch.stack(losses).mean().item(),
-                "train_accuracy": right.item() / seen}
+        return {"diverged": False, "step": self.step, "train_loss": parallel.mean(torch.stack(losses)).mean().item(),
+                "train_accuracy": parallel.total(right).item() / seen / parallel.size()}
 
     @torch.no_grad()
     def test(self) -> float:
         """Accuracy on the whole test set."""
         self.model.eval()
-        right = sum((self.forward(images).argmax(1) == labels).sum()
-                    for images, labels in zip(self.test_images.split(1000), self.test_labels.split(1000)))
-        return right.item() / len(self.test_labels)
+        right = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        for images, labels in zip(self.test_images.split(1000), self.test_labels.split(1000)):
+            right += (self.forward(images).argmax(1) == labels).sum()
+        return parallel.total(right).item() / self.test_count
 
     def record(self) -> dict:
         """A line of rank.jsonl."""
@@ -330,7 +348,8 @@ def header(args: argparse.Namespace, trainer: Trainer) -> str:
     """What runs where and why, and who updates what."""
     count = sum(p.numel() for p in trainer.model.parameters())
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
-    images = f"{len(trainer.train_images):,} + {len(trainer.test_images):,}{' held-out' if args.validate else ''} images"
+    images = f"{len(trainer.train_images):,} + {trainer.test_count:,}{' held-out' if args.validate else ''} images"
+    where += f", {parallel.size()} processes" if parallel.size() > 1 else ""
     lines = [f"{title(args)} · {args.model}, {count:,} parameters · {args.dataset}, {images} · {where} ({args.device_reason}), "
              f"{'bf16 autocast' if args.amp else 'float32'} ({args.amp_reason})"]
     for optimiser, lr in trainer.optimisers:
@@ -345,18 +364,21 @@ def span(seconds: float) -> str:
     return f"{minutes // 60}h {minutes % 60:02}m" if minutes >= 60 else f"{minutes}m {seconds:02}s"
 
 
-def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
-    """Run all epochs, writing the folder as they end. Returns the exit status."""
+def train(args: argparse.Namespace, trainer: Trainer, folder: Path | None) -> int:
+    """Run all epochs, writing the folder as they end; None in the processes that do not write. Returns the exit status."""
     settings = {key: str(value) if key == "device" else value for key, value in vars(args).items()}
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    runs.write_json(folder / "config.json", {"args": settings, "version": VERSION, "device": device, **runs.provenance()})
+    if folder:
+        runs.write_json(folder / "config.json", {"args": settings, "version": VERSION, "device": device,
+                                                 "processes": parallel.size(), **runs.provenance()})
     measured = "held-out" if args.validate else "test"
     log: list[dict] = []
     ranks: list[dict] = []
 
     def record(epoch: int) -> None:
         ranks.append({"epoch": epoch, **trainer.record()})
-        runs.write_log(folder / "rank.jsonl", ranks)
+        if folder:
+            runs.write_log(folder / "rank.jsonl", ranks)
 
     if args.rank:
         record(0)
@@ -367,16 +389,21 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
         line["test_accuracy"] = None if line["diverged"] else trainer.test()
         line["seconds"] = round(time.perf_counter() - start, 3)
         log.append(line)
-        runs.write_log(folder / "log.jsonl", log)
+        if folder:
+            runs.write_log(folder / "log.jsonl", log)
         if line["diverged"]:
             break
         if args.rank and (epoch % args.rank == 0 or epoch == args.epochs):
             record(epoch)
+        if not folder:
+            continue
         state = {"epoch": epoch, "args": settings, **trainer.state()}
         runs.write(folder / "checkpoint.pt", partial(torch.save, state))
         left = (time.perf_counter() - began) / epoch * (args.epochs - epoch)
         print(f"epoch {epoch:3}/{args.epochs}  loss {line['train_loss']:7.4f}  train {line['train_accuracy']:6.1%}  "
               f"{measured} {line['test_accuracy']:6.1%}  {line['seconds']:6.1f} s  {span(left)} left", flush=True)
+    if not folder:
+        return DIVERGED if log[-1]["diverged"] else 0
     runs.draw(folder / "curves.png", log, f"{title(args)} · {args.model} · {args.dataset} · seed {args.seed}")
     if log[-1]["diverged"]:
         print(f"diverged: at step {log[-1]['step']} (epoch {log[-1]['epoch']}) the loss or a weight is not finite; a lower --lr, "
@@ -389,23 +416,48 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+    if not parallel.asked():
+        return run(args)
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    parallel.start(args.device)
+    status = run(args)
+    parallel.stop(together=status in (0, DIVERGED))             # another status may be that of one process alone
+    return status
+
+
+def load(args: argparse.Namespace) -> data.Dataset:
+    """What the arguments ask for. Raises DataError."""
+    with parallel.first_alone():                                # one process downloads, and the others find it done
         dataset = data.load(args.dataset, args.data, args.image_size or 32)
-        if args.validate:
-            dataset = data.hold_out(dataset, args.validate)
-        if args.subset and args.subset > len(dataset.train_images):
-            raise data.DataError(f"--subset {args.subset}: {args.dataset} has {len(dataset.train_images)} training images"
-                                 + (" that are not held out" if args.validate else ""))
-        if args.norm in ("batch", "whiten") and args.subset == 1:
-            raise data.DataError(f"--subset 1: --norm {args.norm} compares images with each other and needs two")
+    if args.validate:
+        dataset = data.hold_out(dataset, args.validate)
+    count = len(dataset.train_images)
+    if args.subset and args.subset > count:
+        raise data.DataError(f"--subset {args.subset}: {args.dataset} has {count} training images"
+                             + (" that are not held out" if args.validate else ""))
+    if args.norm in ("batch", "whiten") and args.subset == 1:
+        raise data.DataError(f"--subset 1: --norm {args.norm} compares images with each other and needs two")
+    batch = min(args.subset or count, args.batch_size)
+    if batch % parallel.size():
+        raise data.DataError(f"a batch of {batch} images cannot be divided among {parallel.size()} processes")
+    return dataset
+
+
+def run(args: argparse.Namespace) -> int:
+    speaks = parallel.rank() == 0
+    try:
+        dataset = load(args)
         trainer = Trainer(args, dataset)
         parts = [rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm),
                  Path(args.dataset).resolve().name, args.model, f"s{args.seed}"]
-        folder = runs.create(args.out, "-".join(parts))
+        folder = runs.create(args.out, "-".join(parts)) if speaks else None
     except (data.DataError, runs.RunError, rulefile.RuleFileError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        if speaks:
+            print(f"train.py: {e}", file=sys.stderr)
         return 2
-    print(header(args, trainer), flush=True)
+    if speaks:
+        print(header(args, trainer), flush=True)
     try:
         return train(args, trainer, folder)
     except KeyboardInterrupt:

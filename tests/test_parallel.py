@@ -1,0 +1,107 @@
+"""Two processes train as one would: the same weights, and only one of them speaks and writes."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import norm
+import parallel
+
+# Run by two processes under torchrun, and by one alone: a few steps in float64 for each case, to a file a case.
+WORKER = """
+import sys
+import torch
+sys.path.insert(0, {root!r})
+import data, fa, muon, parallel, train
+from torch.nn import functional as F
+
+cases, folder = sys.argv[2:], sys.argv[1]
+torch.set_default_dtype(torch.float64)
+single = data.Normalise.__call__
+data.Normalise.__call__ = lambda self, images: single(self, images).double()
+torch.Tensor.float = torch.Tensor.double                        # the loss too
+if parallel.asked():
+    parallel.start(torch.device("cpu"))
+for number, case in enumerate(cases):
+    args = train.parse(["--device", "cpu", "--width", "4", "--batch-size", "16", "--epochs", "2", "--subset", "64", *case.split()])
+    trainer = train.Trainer(args, data.gratings(64, 30))
+    for optimiser, _ in trainer.optimisers:
+        for group in optimiser.param_groups:
+            if "steps" in group:
+                group["dtype"] = torch.float64
+    lines = [trainer.epoch("") for _ in range(2)]
+    accuracy = trainer.test()
+    if parallel.rank() == 0:
+        torch.save({{"model": trainer.model.state_dict(), "loss": [line["train_loss"] for line in lines],
+                    "accuracy": [line["train_accuracy"] for line in lines] + [accuracy]}}, f"{{folder}}/{{number}}.pt")
+    weights = torch.cat([p.flatten() for p in trainer.model.state_dict().values() if p.is_floating_point()])
+    assert parallel.size() == 1 or torch.equal(parallel.mean(weights), weights), "the processes have different weights"
+parallel.stop()
+"""
+CASES = ["--rule fa --norm", "--rule fa --muon --norm whiten", "--rule kp --muon", "--rule dfa --norm layer",
+         "--rule frozen --norm --model mlp", "--rule bp --norm --model resnet18", "--rule sign --rank"]
+
+
+def launch(tmp_path, *command, processes):
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
+    return subprocess.run([sys.executable, *torchrun * (processes > 1), *command], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folders = []
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp(f"processes{processes}")
+        (folder / "worker.py").write_text(WORKER.format(root=str(ROOT)))
+        done = launch(folder, "worker.py", str(folder), *CASES, processes=processes)
+        assert done.returncode == 0, done.stderr
+        folders.append(folder)
+    return folders
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_end_with_the_weights_of_one(case, both):
+    alone, together = (torch.load(folder / f"{CASES.index(case)}.pt", weights_only=True) for folder in both)
+    assert alone["model"].keys() == together["model"].keys()
+    for name, value in alone["model"].items():
+        assert torch.allclose(value, together["model"][name], rtol=1e-6, atol=1e-9), name
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-7) and together["accuracy"] == alone["accuracy"]
+
+
+def test_only_one_process_speaks_and_writes(tmp_path):
+    done = launch(tmp_path, str(ROOT / "train.py"), "--muon", "--norm", "--subset", "64", "--width", "4", "--epochs", "2",
+                  "--device", "cpu", "--rank", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch   1/2") == 1 and done.stdout.count("final test accuracy") == 1
+    assert "Warning" not in done.stderr, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["processes"] == 2 and len((folder / "rank.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path):
+    done = launch(tmp_path, str(ROOT / "train.py"), "--batch-size", "33", "--device", "cpu", processes=2)
+    assert done.returncode != 0 and done.stderr.count("train.py: a batch of 33 images cannot be divided among 2 processes") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_parts_of_a_batch_are_the_batch():
+    images, labels = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24)
+    whole = list(data.batches(images, labels, 8, torch.Generator().manual_seed(0)))
+    parts = [list(data.batches(images, labels, 8, torch.Generator().manual_seed(0), share=(k, 4))) for k in range(4)]
+    for i, (x, y) in enumerate(whole):
+        assert torch.equal(torch.cat([part[i][0] for part in parts]), x) and torch.equal(torch.cat([part[i][1] for part in parts]), y)
+
+
+def test_one_process_alone_needs_none_of_it():
+    v = torch.randn(3)
+    assert not parallel.asked() and parallel.size() == 1 and parallel.rank() == 0 and norm.over_processes(v) is v
+    assert parallel.total(v) is v and torch.equal(parallel.mean(v), v)
+    model = torch.nn.Linear(2, 2)
+    assert parallel.wrap(model, set()) is model
