@@ -31,8 +31,8 @@ How it works: `attach` runs each layer on a detached input, which cuts the true 
 able to leak; ties the output to the input by a placeholder gradient; and lets a full backward hook put the rule's
 error in its place. The placeholder is NaN: a hook that did not run cannot go unnoticed.
 
-Left out: layers other than Linear and Conv2d (they keep exact backprop), double backward, and torch.compile, which
-ignores hooks added after its first call.
+Left out: layers other than Linear and Conv2d (they keep exact backprop, and `attach` names them), double backward, and
+torch.compile, which may ignore hooks added after its first call.
 """
 from __future__ import annotations
 
@@ -219,8 +219,8 @@ class KolenPollack(FA):
         W ← (1 - ηλ) W + ΔW        B ← (1 - ηλ) B + ΔW        so  W - B  ←  (1 - ηλ) (W - B)
 
     No weight is transported, only a locally known update; the weight decay λ forgets the difference, and ∠(W, B) falls
-    to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)); without weight
-    decay, never.
+    to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)), and much sooner
+    where the common updates outgrow the first weights, as Muon's do.
 
     B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W.
     """
@@ -256,6 +256,8 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[nn.Module] | None = None
     a gradient. The model is changed in place; with the rule `bp` it is not changed at all.
 
     Layers of other types that carry the error by weights, such as ConvTranspose2d, keep exact backprop; a warning names them.
+    Activations with inplace=True, such as torchvision's, are set to False until `remove`, as a hooked layer's output must
+    stay as it was; what overwrites it otherwise (y += x, F.relu_) is refused by torch with a RuntimeError in the forward pass.
 
     Raises ValueError if a layer already has a rule or cannot be projected through; the model is then untouched.
     Attach before the model goes into DistributedDataParallel, and after loading a checkpoint saved without a rule.
