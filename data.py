@@ -322,20 +322,33 @@ def augment(images: Tensor, generator: torch.Generator, flip: bool = True, pad: 
     return crops.permute(0, 3, 1, 2)
 
 
-def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generator,
-            flip: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order, augmented: (uint8 images, labels) of `size` each.
+def indices(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """One epoch in random order: which of `count` images are in each batch of `size`, on the generator's device.
 
     A last, smaller batch is left out, as its gradient would be noisier; with fewer images than `size`, they are one batch.
-    share = (k, n) gives the k-th of n equal parts of every batch, as one of n processes needs it.
+    """
+    order = torch.randperm(count, generator=generator, device=generator.device)
+    for step in range(steps(count, size)):
+        yield order[step * size:(step + 1) * size]
+
+
+def batch(images: Tensor, labels: Tensor, chosen: Tensor, generator: torch.Generator, flip: bool = True,
+          share: tuple[int, int] = (0, 1)) -> tuple[Tensor, Tensor]:
+    """The chosen images, augmented, and their labels.
+
+    share = (k, n) gives the k-th of n equal parts of the batch, as one of n processes needs it.
     """
     k, n = share
-    order = torch.randperm(len(images), generator=generator, device=images.device)
-    for step in range(steps(len(images), size)):
-        chosen = order[step * size:(step + 1) * size]
-        part = slice(k * (len(chosen) // n), (k + 1) * (len(chosen) // n))
-        mine = chosen[part]
-        yield augment(images[mine], generator, flip, of=(len(chosen), part)), labels[mine]
+    part = slice(k * (len(chosen) // n), (k + 1) * (len(chosen) // n))
+    mine = chosen[part]
+    return augment(images[mine], generator, flip, of=(len(chosen), part)), labels[mine]
+
+
+def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generator,
+            flip: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch: (uint8 images, labels) of `size` each, in random order, augmented."""
+    for chosen in indices(len(images), size, generator):
+        yield batch(images, labels, chosen, generator, flip)
 
 
 def steps(images: int, size: int) -> int:

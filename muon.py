@@ -69,7 +69,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton–Schulz, for weights of two or more dimensions, the first being the output.
 
     params        hidden weights, such as the first of `split(model)`
-    lr            η: the spectral norm of a step on a wide matrix, whatever the gradient's size
+    lr            η: the spectral norm of a step on a wide matrix, whatever the gradient's size; a number, or a tensor on the
+                  weights' device, as a CUDA graph needs it
     momentum      μ in [0, 1)
     nesterov      look ahead by one more momentum step
     weight_decay  λ, decoupled: the weights shrink by ηλ a step
@@ -84,7 +85,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True,
                  weight_decay: float = 0.0, steps: int = 5, dtype: torch.dtype = torch.bfloat16, divide: bool = False):
-        if not 0 <= lr < math.inf or not 0 <= weight_decay < math.inf:
+        if not isinstance(lr, Tensor) and not 0 <= lr < math.inf or not 0 <= weight_decay < math.inf:
             raise ValueError(f"lr and weight_decay must be finite and at least 0, not {lr} and {weight_decay}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), not {momentum}")
@@ -120,8 +121,10 @@ class Muon(torch.optim.Optimizer):
                 _exchange(params, orthogonal)
             for stack in _stacks(params, range(len(params))):
                 out, fan_in = len(params[stack[0]]), params[stack[0]].numel() // len(params[stack[0]])
-                torch._foreach_add_([params[i] for i in stack], [orthogonal[i].view(params[i].shape) for i in stack],
-                                    alpha=-group["lr"] * math.sqrt(max(1, out / fan_in)))
+                step, alpha = [orthogonal[i].view(params[i].shape) for i in stack], -group["lr"] * math.sqrt(max(1, out / fan_in))
+                if isinstance(alpha, Tensor):
+                    step, alpha = torch._foreach_mul(step, alpha), 1
+                torch._foreach_add_([params[i] for i in stack], step, alpha=alpha)
         return loss
 
     def _share(self, params: list[Tensor]) -> list[int]:
@@ -220,7 +223,8 @@ def _draw(out: Path, X: Tensor) -> None:
             values = torch.linalg.svdvals(newton_schulz(X, steps, torch.float32))
             right.plot(range(1, len(values) + 1), values, color=colour, linewidth=2, label=name)
     left.axhline(1, color="#999999", linewidth=1, linestyle=":")
-    left.set(title="p(σ) = 3.4445 σ - 4.7750 σ³ + 2.0315 σ⁵, repeated", xlabel="singular value before", ylabel="after", ylim=(0, 1.35))
+    left.set(title="p(σ) = 3.4445 σ - 4.7750 σ³ + 2.0315 σ⁵, repeated", xlabel="singular value before", ylabel="after",
+             ylim=(0, 1.35))
     right.set(title="singular values of a 64 × 256 matrix, largest first", xlabel="i", ylabel="σ_i", ylim=(0, 1.35))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

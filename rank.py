@@ -351,7 +351,7 @@ def _draw_examples(out: Path, examples: dict[str, Tensor]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    for i, ((name, M), colour) in enumerate(zip(examples.items(), COLOURS)):
+    for i, (M, colour) in enumerate(zip(examples.values(), COLOURS)):
         sigma = torch.linalg.svdvals(M.double())
         left.plot(range(1, 101), sigma / sigma[0], color=colour, linewidth=2)
         right.barh(-i, effective_rank(M), color=colour, height=0.6)

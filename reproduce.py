@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
 # Arguments that are not part of an experiment: where and in which precision it runs (each result says), and the recorder.
-NEUTRAL = ("out", "data", "device", "device_reason", "amp", "amp_reason", "rank")
+NEUTRAL = ("out", "data", "device", "device_reason", "amp", "amp_reason", "rank", "graph")
 
 
 class Experiment(NamedTuple):
@@ -122,8 +122,8 @@ EXPERIMENTS = {
          "B × 3, orthogonal": "--feedback-gain 3 --feedback-orthogonal", "Muon decay 0.05": "--muon-weight-decay 0.05",
          "B × 3, Muon decay 0.05": "--feedback-gain 3 --muon-weight-decay 0.05"}),
     "rules": Experiment(
-        "Beyond the paper: the rules of fa.py in one common setting, with both fixes. The 4-layer CNN of width 16, the first 10,000 "
-        "training images of CIFAR-10, 10 epochs, the whole test set.",
+        "Beyond the paper: the rules of fa.py in one common setting, with both fixes. The 4-layer CNN of width 16, the first "
+        "10,000 training images of CIFAR-10, 10 epochs, the whole test set.",
         "--dataset cifar10 --width 16 --subset 10000 --epochs 10 --muon --norm",
         {"backprop": "--rule bp", "Kolen–Pollack": "--rule kp", "sign-symmetry": "--rule sign", "FA": "--rule fa",
          "DFA": "--rule dfa", "frozen features": "--rule frozen"}, seeds=3),

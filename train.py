@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import data
 import fa
+import graph
 import intervene
 import models
 import muon
@@ -146,6 +147,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--out", metavar="DIR", help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
     g.add_argument("--device", default="auto",
                    help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
+    g.add_argument("--graph", action="store_true",
+                   help="record the training step as a CUDA graph and replay it (default: run it; not yet measured on a GPU)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction,
                    help="bf16 in forward and backward, float32 for weights (default: on a GPU, where it is faster)")
     return p
@@ -181,6 +184,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.norm in ("batch", "whiten") and args.batch_size < 2:
         p.error(f"--norm {args.norm} compares images with each other and needs a --batch-size of at least 2")
     args.device, args.device_reason = choose_device(p, args.device)
+    if args.graph and args.device.type != "cuda":
+        p.error("--graph records CUDA kernels and needs a GPU")
+    for flag, asked in {"--cut": args.cut, "--flatten": args.flatten, "several processes": parallel.asked(),
+                        f"--rule {args.rule}": args.rule not in fa.RULES}.items():
+        if args.graph and asked:
+            p.error(f"--graph cannot be combined with {flag}: its Python may do something else in every step")
     args.amp_reason = "as asked"
     if args.amp is None:
         args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -243,12 +252,16 @@ class Trainer:
         self.intervention = partial(intervene.updates, hidden, change) if change else contextlib.nullcontext
         if not args.muon:
             hidden, others = [], list(self.model.parameters())
-        sgd = torch.optim.SGD(others, args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+        # What a graph repeats must find its learning rate in a tensor, and SGD can use one there only in its fused form.
+        rate = partial(torch.tensor, device=device) if args.graph else float
+        sgd = torch.optim.SGD(others, rate(args.lr), momentum=0.9, nesterov=True, weight_decay=args.weight_decay,
+                              fused=args.graph or None)
         self.optimisers = [(sgd, args.lr)]
         if hidden:
             decay = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
-            self.optimisers.insert(0, (muon.Muon(hidden, args.muon_lr, weight_decay=decay, divide=parallel.size() > 1),
-                                       args.muon_lr))
+            divide = parallel.size() > 1
+            self.optimisers.insert(0, (muon.Muon(hidden, rate(args.muon_lr), weight_decay=decay, divide=divide), args.muon_lr))
+        self.repeat = graph.Graphed(self.descend, self.generator) if args.graph else self.descend
         self.step = 0
         self.steps_per_epoch = data.steps(len(self.train_images), args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
@@ -271,24 +284,36 @@ class Trainer:
             F.cross_entropy(self.model(self.normalise(self.train_images[:2])), self.train_labels[:2]).backward()
             return {name for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimiser step; returns its loss and the number of images classified right, both still on the device."""
+    def update(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on the chosen training images; returns its loss and how many were classified right, on the device."""
+        factor = (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
         for optimiser, lr in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = lr * (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr * factor)
+                else:
+                    group["lr"] = lr * factor
+        # The update of an epoch's first step: at the very end the learning rate is so small that rounding would be measured.
+        first = self.recorder and self.step % self.steps_per_epoch == 0
+        row = self.trajectory and self.step % max(1, self.total_steps // 256) == 0      # some 256 rows in all
+        result = self.descend(chosen, first, row) if first or row else self.repeat(chosen)
+        self.step += 1
+        return result
+
+    def descend(self, chosen: Tensor, watch_update: bool = False, add_row: bool = False) -> tuple[Tensor, Tensor]:
+        """The part of a step that is the same every time."""
+        images, labels = data.batch(self.train_images, self.train_labels, chosen, self.generator, self.flip,
+                                    (parallel.rank(), parallel.size()))
         logits = self.forward(images, self.parallel)
         loss = F.cross_entropy(logits.float(), labels)
         self.model.zero_grad()
         loss.backward()                                                         # fa.py's hooks run in here
         self.handle.before_step()
-        if self.trajectory and self.step % max(1, self.total_steps // 256) == 0:    # some 256 rows in all
+        if add_row:
             self.trajectory.add()
-        # The update of an epoch's first step: at the very end the learning rate is so small that rounding would be measured.
-        first = self.step % self.steps_per_epoch == 0
-        with self.recorder.watch_update() if self.recorder and first else contextlib.nullcontext(), self.intervention():
+        with self.recorder.watch_update() if watch_update else contextlib.nullcontext(), self.intervention():
             for optimiser, _ in self.optimisers:
                 optimiser.step()
-        self.step += 1
         return loss.detach(), (logits.argmax(1) == labels).sum()
 
     def epoch(self, label: str) -> dict:
@@ -298,13 +323,11 @@ class Trainer:
 
         self.model.train()
         losses, right, seen = [], 0, 0
-        batches = data.batches(self.train_images, self.train_labels, self.args.batch_size, self.generator, self.flip,
-                               share=(parallel.rank(), parallel.size()))
-        for images, labels in tqdm(batches, label, self.steps_per_epoch, leave=False, disable=parallel.rank() > 0 or None,
-                                   unit="step"):
-            loss, correct = self.update(images, labels)
+        steps = data.indices(len(self.train_images), self.args.batch_size, self.generator)
+        for chosen in tqdm(steps, label, self.steps_per_epoch, leave=False, disable=parallel.rank() > 0 or None, unit="step"):
+            loss, correct = self.update(chosen)
             losses.append(loss)
-            right, seen = right + correct, seen + len(labels)
+            right, seen = right + correct, seen + len(chosen)
             if len(losses) % 20 == 0 or len(losses) == self.steps_per_epoch:    # reading a loss makes a GPU wait
                 finite = parallel.mean(torch.stack(losses)).isfinite()
                 if not finite.all():
@@ -312,7 +335,7 @@ class Trainer:
         if not all(p.isfinite().all() for p in self.model.parameters()):        # the last update's, which no loss has seen yet
             return diverged(self.step)
         return {"diverged": False, "step": self.step, "train_loss": parallel.mean(torch.stack(losses)).mean().item(),
-                "train_accuracy": parallel.total(right).item() / seen / parallel.size()}
+                "train_accuracy": parallel.total(right).item() / seen}
 
     @torch.no_grad()
     def test(self) -> float:

@@ -7,7 +7,6 @@ Rows of a group take turns, round after round, so that a busy machine or a warm 
 median over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.update` with its batch:
 augmentation, forward, backward with the hooks, schedule, Muon and SGD.
 """
-import argparse
 import copy
 import json
 import math
@@ -93,11 +92,11 @@ def steps(device: torch.device, width: int, batch: int) -> dict:
         def call(trainer=trainer, batches=[]) -> None:                          # noqa: B006  (it is this trainer's own)
             if not batches:
                 batches.append(iter(()))
-            pair = next(batches[0], None)
-            if pair is None:
-                batches[0] = data.batches(trainer.train_images, trainer.train_labels, batch, trainer.generator)
-                pair = next(batches[0])
-            trainer.update(*pair)
+            chosen = next(batches[0], None)
+            if chosen is None:
+                batches[0] = data.indices(4 * batch, batch, trainer.generator)
+                chosen = next(batches[0])
+            trainer.update(chosen)
 
         calls[name] = call
     return calls
@@ -199,8 +198,8 @@ def start_rows(device: torch.device, rounds: int) -> list[dict]:
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             out, start = Path(folder) / "run", time.perf_counter()
-            process = subprocess.Popen([sys.executable, ROOT / "train.py", "--subset", "64", "--width", "4", "--epochs", "1", "--device",
-                                        str(device), "--out", out], stdout=subprocess.DEVNULL)
+            command = [sys.executable, ROOT / "train.py", "--subset", "64", "--width", "4", "--epochs", "1"]
+            process = subprocess.Popen([*command, "--device", str(device), "--out", out], stdout=subprocess.DEVNULL)
             while not (out / "log.jsonl").exists() and process.poll() is None:
                 time.sleep(0.005)
             stopped = time.perf_counter() - start

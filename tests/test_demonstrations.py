@@ -5,8 +5,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-SAYS = {"fa": "are why FA works", "muon": "angle to the exact P Qᵀ", "norm": "only they keep them apart", "rank": "one row repeated",
-        "intervene": "cut to 4"}
+SAYS = {"fa": "are why FA works", "muon": "angle to the exact P Qᵀ", "norm": "only they keep them apart",
+        "rank": "one row repeated", "intervene": "cut to 4"}
 
 
 def run(name, *args, monkeypatch):

@@ -202,8 +202,8 @@ def test_the_learning_rates_follow_the_cosine(tmp_path):
     trainer = train.Trainer(args, data.gratings())
     rates = []
     for _ in range(2):
-        for images, labels in data.batches(trainer.train_images, trainer.train_labels, 32, trainer.generator):
-            trainer.update(images, labels)
+        for chosen in data.indices(len(trainer.train_images), 32, trainer.generator):
+            trainer.update(chosen)
             rates.append([o.param_groups[0]["lr"] for o, _ in trainer.optimisers])
     assert rates[0] == [0.05, 0.05] and rates[4][0] == pytest.approx(0.025) and 0 < rates[7][0] < 0.005
 
@@ -220,8 +220,8 @@ def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
 def test_a_weight_that_overflows_in_the_last_step_is_divergence_too(tmp_path, monkeypatch):
     real = train.Trainer.update
 
-    def update(self, images, labels):
-        result = real(self, images, labels)
+    def update(self, chosen):
+        result = real(self, chosen)
         if self.step == self.total_steps:
             self.model.classifier.bias.data[0] = float("inf")
         return result

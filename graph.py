@@ -1,0 +1,69 @@
+"""A training step as one CUDA graph: recorded once, then replayed without Python.
+
+A step of ResNet-18 with Muon launches some thousand kernels. A fast GPU runs most of them in less time than Python needs to
+ask for the next, and waits. A CUDA graph remembers the launches of a step, with the addresses of all tensors, and repeats
+them with one call. The hooks of fa.py run while the graph is recorded; what they launched is in it.
+
+What is recorded must be the same next time, so
+
+    whatever changes from step to step is a tensor that stays where it is: weights, momentum, batch, learning rates, random
+    state (the schedule writes new numbers into the learning rates, between the replays);
+    nothing asks a tensor for its value (`.item()`, `if loss > ...`), which would wait for the GPU;
+    what happens only once, such as the first momentum or the choice of convolution algorithms, has happened before: the
+    first calls just run the step.
+
+Python code inside the step runs while it is recorded and never again: a rule that counts its calls will count wrong.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def record_cuda(step: Callable[[], tuple], generator: torch.Generator) -> tuple[Callable[[], None], tuple]:
+    """(replay, the tensors that each replay fills). Recording runs nothing."""
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph.replay, results
+
+
+class Graphed:
+    """Call it like `step`: it runs the step a few times, then records it, and from then on replays it.
+
+    step        takes a tensor whose shape never changes and returns tensors; see above for what it may do
+    generator   the random generator that the step draws from
+    warm_up     calls that just run
+    record      how to record: record_cuda, or the stand-in of the tests
+    """
+
+    def __init__(self, step: Step, generator: torch.Generator, warm_up: int = 3, record: Callable = record_cuda):
+        self.step, self.generator, self.warm_up, self.record = step, generator, warm_up, record
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, argument: Tensor) -> tuple[Tensor, ...]:
+        if self.warm_up > 0:
+            self.warm_up -= 1
+            return self._aside(argument)
+        if self.replay is None:
+            self.argument = argument.clone()
+            self.replay, self.results = self.record(lambda: self.step(self.argument), self.generator)
+        self.argument.copy_(argument)
+        self.replay()
+        return tuple(result.clone() for result in self.results)         # the next replay writes over them
+
+    def _aside(self, argument: Tensor) -> tuple[Tensor, ...]:
+        """Run it on another stream than the default one, where nothing can be recorded."""
+        if argument.device.type != "cuda":
+            return self.step(argument)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results = self.step(argument)
+        torch.cuda.current_stream().wait_stream(stream)
+        return results
