@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import re
 import shlex
 import subprocess
@@ -26,6 +27,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 import report
 import rulefile
@@ -194,7 +197,25 @@ def read(path: Path) -> dict[str, dict]:
     return lines
 
 
-def run(name: str, job: Job, data: str, device: str, threads: int, running: dict) -> dict:
+def devices(asked: str, count: int) -> queue.Queue:
+    """A place for each of `count` runs at a time, spread over the GPUs where there are several and none was named."""
+    gpus = torch.cuda.device_count() if asked in ("auto", "cuda") else 0
+    places: queue.Queue = queue.Queue()
+    for i in range(count):
+        places.put(f"cuda:{i % gpus}" if gpus > 1 else asked)
+    return places
+
+
+def run_at(places: queue.Queue, *args) -> dict:
+    """`run` on the next place that is free."""
+    place = places.get()
+    try:
+        return run(*args, place)
+    finally:
+        places.put(place)
+
+
+def run(name: str, job: Job, data: str, threads: int, running: dict, device: str) -> dict:
     """One run of train.py in a process of its own; returns its result line."""
     Path("runs").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="runs"))
@@ -223,9 +244,9 @@ def run_missing(path: Path, missing: list[Job], done: dict[str, dict], args: arg
     running: dict = {}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     began, total = time.time(), sum(train.parse(job.argv).epochs for job in missing)
-    finished = 0
+    finished, places = 0, devices(args.device, args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = {pool.submit(run, args.name, job, args.data, args.device, threads, running): job for job in missing}
+        waiting = {pool.submit(run_at, places, args.name, job, args.data, threads, running): job for job in missing}
         try:
             while waiting:
                 for future in [f for f in waiting if f.done()]:
@@ -290,7 +311,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--rule", type=train.rule, metavar="RULE",
                    help="another rule beside feedback alignment, such as dfa or my_rule.py:MyRule; what results/ has already "
                         "is not run again, and all goes to --out (default there: mine)")
-    p.add_argument("--jobs", type=train.number(int, 1), default=1, help="runs at a time, sharing the cores (default: 1)")
+    p.add_argument("--jobs", type=train.number(int, 1), default=1, help="runs at a time, sharing the cores, and the GPUs if there are several (default: 1)")
     p.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
     p.add_argument("--device", default="auto", help="as for train.py (default: auto)")
     p.add_argument("--out", type=Path, metavar="DIR",

@@ -227,3 +227,22 @@ def test_a_damaged_results_file_is_named(tiny, capsys):
 def test_a_run_that_fails_says_why(tiny, monkeypatch, capsys):
     assert reproduce.main(["tiny", "--set", "subset=999999", "--device", "cpu"]) == 2
     assert "gratings has 5000 training images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked, gpus, jobs, places", [
+    ("auto", 0, 2, ["auto", "auto"]), ("auto", 1, 2, ["auto", "auto"]), ("cuda", 2, 3, ["cuda:0", "cuda:1", "cuda:0"]),
+    ("auto", 4, 2, ["cuda:0", "cuda:1"]), ("cuda:1", 4, 2, ["cuda:1", "cuda:1"]), ("cpu", 4, 1, ["cpu"])])
+def test_runs_are_spread_over_the_gpus(asked, gpus, jobs, places, monkeypatch):
+    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: gpus)
+    free = reproduce.devices(asked, jobs)
+    assert [free.get() for _ in range(jobs)] == places
+
+
+def test_a_run_gives_its_place_back(monkeypatch):
+    free = reproduce.devices("cpu", 1)
+    monkeypatch.setattr(reproduce, "run", lambda *args: args)
+    assert reproduce.run_at(free, "name") == ("name", "cpu")
+    monkeypatch.setattr(reproduce, "run", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reproduce.run_at(free, "name")
+    assert free.get_nowait() == "cpu"
