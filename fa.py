@@ -182,7 +182,8 @@ class DFA(Rule):
 
     Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the classes
     would be, so for the classifier itself DFA and FA are one. No error passes from layer to layer: a hidden layer does
-    not use the one that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes.
+    not use the one that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. Expect of
+    it: about what FA reaches.
     """
 
     def prepare(self, layer: Layer) -> None:
@@ -203,8 +204,8 @@ class DFA(Rule):
 class SignSymmetry(FA):
     """Sign-symmetry: δ_in = (sign W ⊙ |B|)ᵀδ, the signs of W and the magnitudes of B (uSF: Liao, Leibo & Poggio 2016).
 
-    A synapse must know one bit of another. Expect of it: nearly backprop, even on ImageNet (Xiao et al. 2018), which says
-    that what FA lacks is the sign.
+    A synapse must know one bit of another. Expect of it: between FA and backprop in a short training, near backprop in a
+    long one, even on ImageNet (Xiao et al. 2018).
     """
 
     uses_weight = True

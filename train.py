@@ -137,6 +137,12 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
                    help="record ranks and alignments after every so many epochs, into rank.jsonl (default: never; --rank "
                         "alone: every epoch)")
+    add_machine(p)
+    return p
+
+
+def add_machine(p: argparse.ArgumentParser) -> None:
+    """Flags that say on what and where to train, and nothing of how."""
     g = p.add_argument_group("data and machine")
     g.add_argument("--subset", type=number(int, 1), metavar="N",
                    help="train on the first N images only; the test set stays whole (default: all)")
@@ -151,7 +157,6 @@ def parser() -> argparse.ArgumentParser:
                    help="record the training step as a CUDA graph and replay it (default: run it; not yet measured on a GPU)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction,
                    help="bf16 in forward and backward, float32 for weights (default: on a GPU, where it is faster)")
-    return p
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
