@@ -60,6 +60,11 @@ def chance(line: dict) -> float:
     return {"gratings": 10.0, "cifar10": 10.0, "cifar100": 1.0}.get(line["args"]["dataset"], 0.0)
 
 
+def measured(lines: list[dict]) -> str:
+    """On which images: "held-out" training images where the experiment chooses something by them."""
+    return "held-out" if any(line["args"].get("validate") for line in lines) else "test"
+
+
 def select(lines: list[dict], label: str, column: str | None = None) -> list[dict]:
     return [line for line in lines if line["label"] == label and (column is None or line["column"] == column)]
 
@@ -98,7 +103,7 @@ def table(experiment, lines: list[dict]) -> str:
         paper, ours = experiment.paper.get(label), mean_accuracy(cell)
         difference = f"{ours - paper:+.1f}" if paper is not None and ours is not None else ""
         rows.append([label, accuracy(cell), len(cell), *[paper or "–", difference] * bool(experiment.paper)])
-    return markdown(["", "test accuracy (%)", "n", *["the paper", "difference"] * bool(experiment.paper)], rows)
+    return markdown(["", f"{measured(lines)} accuracy (%)", "n", *["the paper", "difference"] * bool(experiment.paper)], rows)
 
 
 def rank_table(experiment, lines: list[dict]) -> str:
@@ -231,15 +236,17 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
             ends.append([chance(cell[0]) if height is None else height, last, label])
     low = min(chance(line) for line in lines)
     top = max(height for height, *_ in ends)
-    placed = -1e9
-    for height, last, label in sorted(ends):                    # names apart from each other
+    places, placed = [], -1e9
+    for height, *_ in sorted(ends):                             # names apart from each other
         placed = max(height, placed + 0.055 * (top - low))
-        axes.annotate(label, (last, placed), xytext=(6, 0), textcoords="offset points", va="center",
+        places.append(placed)
+    for (_, last, label), place in zip(sorted(ends), places):
+        axes.annotate(label, (last, place - (places[-1] - top) / 2), xytext=(6, 0), textcoords="offset points", va="center",
                       color=colour(label), fontsize=11, annotation_clip=False)
     axes.axhline(low, color="#999999", linewidth=1, linestyle=":")
     axes.annotate("chance", (0.7 * max(last for _, last, _ in ends), low), xytext=(0, 7), textcoords="offset points",
                   color="#666666")
-    axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0.7, None))
+    axes.set(xlabel="epoch", ylabel=f"{measured(lines)} accuracy (%)", ylim=(0, None), xlim=(0.7, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -269,8 +276,7 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
         ax.set(xscale=scale, xlabel=experiment.axis, ylim=(0, None))
         ax.set_xticks(positions, ticks)
         ax.minorticks_off()
-    held_out = any(line["args"].get("validate") for line in lines)
-    grid[0, 0].set_ylabel(f"{'held-out' if held_out else 'test'} accuracy (%)")
+    grid[0, 0].set_ylabel(f"{measured(lines)} accuracy (%)")
     if recorded:
         grid[1, 0].set_ylabel("effective rank of the error δ,\nmean of the layers")
     handles = {label: line for ax in grid[0] for line, label in zip(*ax.get_legend_handles_labels())}
