@@ -62,7 +62,7 @@ def chance(line: dict) -> float:
 
 def measured(lines: list[dict]) -> str:
     """On which images: "held-out" training images where the experiment chooses something by them."""
-    return "held-out" if any(line["args"].get("validate") for line in lines) else "test"
+    return "held-out" if any(line.get("args", {}).get("validate") for line in lines) else "test"
 
 
 def select(lines: list[dict], label: str, column: str | None = None) -> list[dict]:
