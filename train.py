@@ -500,4 +500,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if parallel.asked():
+        parallel.leave(status)
+    sys.exit(status)

@@ -116,7 +116,7 @@ def test_backprop_learns_a_batch_by_heart(name, kind):
     x, labels = torch.randn(16, 3, 16, 16), torch.randint(10, (16,))
     slow = name in ("resnet34", "vgg11") and kind is None
     optimiser = torch.optim.SGD(model.parameters(), lr=0.005 if slow else 0.02, momentum=0.9, nesterov=True)
-    for _ in range(200 if slow else 60):
+    for _ in range(120 if slow else 60):
         loss = F.cross_entropy(model(x), labels)
         optimiser.zero_grad()
         loss.backward()

@@ -1,4 +1,5 @@
 """Two processes train as one would: the same weights, and only one of them speaks and writes."""
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from conftest import ROOT
 import data
 import norm
 import parallel
+import train
 
 # Run by two processes under torchrun, and by one alone: a few steps in float64 for each case, to a file a case.
 WORKER = """
@@ -42,7 +44,9 @@ for number, case in enumerate(cases):
                     "accuracy": [line["train_accuracy"] for line in lines] + [accuracy]}}, f"{{folder}}/{{number}}.pt")
     weights = torch.cat([p.flatten() for p in trainer.model.state_dict().values() if p.is_floating_point()])
     assert parallel.size() == 1 or torch.equal(parallel.mean(weights), weights), "the processes have different weights"
+    del trainer, optimiser, group
 parallel.stop()
+parallel.leave(0)
 """
 CASES = ["--rule fa --norm", "--rule fa --muon --norm whiten", "--rule kp --muon", "--rule dfa --norm layer",
          "--rule frozen --norm --model mlp", "--rule bp --norm --model resnet18", "--rule sign --rank"]
@@ -86,9 +90,12 @@ def test_only_one_process_speaks_and_writes(tmp_path):
     assert config["processes"] == 2 and len((folder / "rank.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path):
-    done = launch(tmp_path, str(ROOT / "train.py"), "--batch-size", "33", "--device", "cpu", processes=2)
-    assert done.returncode != 0 and done.stderr.count("train.py: a batch of 33 images cannot be divided among 2 processes") == 1
+def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "first_alone", contextlib.nullcontext)
+    assert train.main(["--batch-size", "33", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "train.py: a batch of 33 images cannot be divided among 2 processes\n"
     assert not (tmp_path / "runs").exists()
 
 
