@@ -311,7 +311,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--rule", type=train.rule, metavar="RULE",
                    help="another rule beside feedback alignment, such as dfa or my_rule.py:MyRule; what results/ has already "
                         "is not run again, and all goes to --out (default there: mine)")
-    p.add_argument("--jobs", type=train.number(int, 1), default=1, help="runs at a time, sharing the cores, and the GPUs if there are several (default: 1)")
+    p.add_argument("--jobs", type=train.number(int, 1), default=1,
+                   help="runs at a time, sharing the cores, and the GPUs if there are several (default: 1)")
     p.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
     p.add_argument("--device", default="auto", help="as for train.py (default: auto)")
     p.add_argument("--out", type=Path, metavar="DIR",
