@@ -473,6 +473,7 @@ def load(args: argparse.Namespace) -> data.Dataset:
 
 
 def run(args: argparse.Namespace) -> int:
+    """From arguments to exit status, in one process; the first of several speaks for all."""
     speaks = parallel.rank() == 0
     try:
         dataset = load(args)
@@ -489,13 +490,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         return train(args, trainer, folder)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; finished epochs are in {folder}", file=sys.stderr)
+        if speaks:
+            print(f"\ninterrupted; finished epochs are in {folder}", file=sys.stderr)
         return 130
     except Exception as e:                                      # of a rule out of anybody's file, or else it goes on
         reason = rulefile.explain(e, args.rule)
         if reason is None:
             raise
-        print(f"train.py: {reason}; finished epochs are in {folder}", file=sys.stderr)
+        if speaks:
+            print(f"train.py: {reason}; finished epochs are in {folder}", file=sys.stderr)
         return 2
 
 
