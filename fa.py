@@ -76,8 +76,13 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     extra = [b - a for a, b in zip(before, after)]      # 'same' around an even kernel pads one more at the end
     n, channels, height, width = input_shape
     padded = (n, channels, height + extra[0], width + extra[1])
-    error = nn.grad.conv2d_input(padded, weight, error, layer.stride, before, layer.dilation, layer.groups)
-    return error[..., :height, :width]
+    # nn.grad.conv2d_input does the same, but first writes out a whole input, of which only shape and layout are read.
+    layout = next((torch.channels_last for t in (error, weight) if not t.is_contiguous() and
+                   t.is_contiguous(memory_format=torch.channels_last)), torch.contiguous_format)
+    unread = torch.empty(padded, dtype=error.dtype, device=error.device, memory_format=layout)
+    error = torch.ops.aten.convolution_backward(error, unread, weight, None, layer.stride, before, layer.dilation, False,
+                                                (0, 0), layer.groups, (True, False, False))[0]
+    return error[..., :height, :width] if any(extra) else error     # a view could not be added to in place later
 
 
 def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:

@@ -210,6 +210,23 @@ def test_the_count_sees_the_waste_of_a_plain_hook():
     assert model.classifier.weight.data_ptr() in counter.matrices
 
 
+def test_the_backward_pass_copies_and_adds_no_more_than_backprop():
+    """Neither an input written out only for its shape, nor a sum in new memory because somebody still holds an addend."""
+    model, x, labels = resnet(dtype=torch.float32)
+    model.to(memory_format=torch.channels_last)
+
+    def large(loss):
+        with torch.profiler.profile(record_shapes=True) as profile:
+            loss.backward()
+        return {name: sum(e.name == name and math.prod(e.input_shapes[0]) >= 1000 for e in profile.events())
+                for name in ("aten::copy_", "aten::clone", "aten::add")}
+
+    expected = large(F.cross_entropy(model(x), labels))
+    fa.attach(model, fa.FA())
+    got = large(F.cross_entropy(model(x), labels))
+    assert all(got[name] <= expected[name] for name in got), (got, expected)
+
+
 def test_the_cut_and_the_plain_hook_agree_to_the_last_bit():
     cut, x, labels = resnet(dtype=torch.float32)
     hooked = copy.deepcopy(cut)
