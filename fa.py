@@ -32,7 +32,7 @@ able to leak; ties the output to the input by a placeholder gradient; and lets a
 error in its place. The placeholder is NaN: a hook that did not run cannot go unnoticed.
 
 Left out: layers other than Linear and Conv2d (they keep exact backprop, and `attach` names them), double backward, and
-torch.compile, which may ignore hooks added after its first call.
+torch.compile, which is refused: hooks break its graph at every layer, and those added after its first call it may ignore.
 """
 from __future__ import annotations
 
@@ -265,9 +265,12 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[nn.Module] | None = None
     Activations with inplace=True, such as torchvision's, are set to False until `remove`, as a hooked layer's output must
     stay as it was; what overwrites it otherwise (y += x, F.relu_) is refused by torch with a RuntimeError in the forward pass.
 
-    Raises ValueError if a layer already has a rule or cannot be projected through; the model is then untouched.
+    Raises ValueError if a layer already has a rule, cannot be projected through, or the model is compiled; the model is then
+    untouched. Compiled later, it raises RuntimeError when it runs.
     Attach before the model goes into DistributedDataParallel, and after loading a checkpoint saved without a rule.
     """
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError(f"the model is compiled: {UNCOMPILED}")
     layers, unknown = find(model)
     stem = list(layers.values())[:1] if stem is None else list(stem)
     hidden = {name: layer for name, layer in layers.items() if not any(layer is s for s in stem)}
@@ -382,7 +385,18 @@ class _Tie(torch.autograd.Function):
         return error.new_full((), float("nan"), dtype=ctx.dtype).expand(ctx.shape), error
 
 
+UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled code may ignore hooks, "
+              "and then the rule is silently backprop")
+
+
+@torch.compiler.disable                                 # so it is not compiled, but called
+def _refuse_to_compile() -> None:
+    raise RuntimeError(f"a model with a feedback rule was given to torch.compile: {UNCOMPILED}")
+
+
 def _cut_forward(layer: Layer, input: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        _refuse_to_compile()
     output = type(layer).forward(layer, input.detach())
     return _Tie.apply(input, output) if input.requires_grad and torch.is_grad_enabled() else output
 

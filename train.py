@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 import data
 import fa
-import graph
 import intervene
 import models
 import muon
@@ -42,6 +41,7 @@ import parallel
 import rank
 import rulefile
 import runs
+import speed
 
 VERSION = 1                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in
 DIVERGED = 3                    # exit status
@@ -153,8 +153,9 @@ def add_machine(p: argparse.ArgumentParser) -> None:
     g.add_argument("--out", metavar="DIR", help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
     g.add_argument("--device", default="auto",
                    help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
-    g.add_argument("--graph", action="store_true",
-                   help="record the training step as a CUDA graph and replay it (default: run it; not yet measured on a GPU)")
+    g.add_argument("--graph", action=argparse.BooleanOptionalAction,
+                   help="record the training step as a CUDA graph and replay it (default: on a GPU, where it is faster, if the "
+                        "step is the same every time: one process, a rule of fa.py, no --cut or --flatten)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction,
                    help="bf16 in forward and backward, float32 for weights (default: on a GPU, where it is faster)")
 
@@ -191,10 +192,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device, args.device_reason = choose_device(p, args.device)
     if args.graph and args.device.type != "cuda":
         p.error("--graph records CUDA kernels and needs a GPU")
-    for flag, asked in {"--cut": args.cut, "--flatten": args.flatten, "several processes": parallel.asked(),
-                        f"--rule {args.rule}": args.rule not in fa.RULES}.items():
-        if args.graph and asked:
-            p.error(f"--graph cannot be combined with {flag}: its Python may do something else in every step")
+    changing = next((flag for flag, asked in {
+        "--cut": args.cut, "--flatten": args.flatten, "several processes": parallel.asked(),
+        f"--rule {args.rule}": args.rule not in fa.RULES}.items() if asked), None)
+    if args.graph and changing:
+        p.error(f"--graph cannot be combined with {changing}: its Python may do something else in every step")
+    if args.graph is None:
+        args.graph = args.device.type == "cuda" and not changing
     args.amp_reason = "as asked"
     if args.amp is None:
         args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -257,16 +261,17 @@ class Trainer:
         self.intervention = partial(intervene.updates, hidden, change) if change else contextlib.nullcontext
         if not args.muon:
             hidden, others = [], list(self.model.parameters())
-        # What a graph repeats must find its learning rate in a tensor, and SGD can use one there only in its fused form.
-        rate = partial(torch.tensor, device=device) if args.graph else float
+        # What a CUDA graph repeats must find its learning rate in a tensor, which SGD takes there only in its fused form.
+        fused = device.type == "cuda" or args.graph
+        rate = partial(torch.tensor, device=device) if fused else float
         sgd = torch.optim.SGD(others, rate(args.lr), momentum=0.9, nesterov=True, weight_decay=args.weight_decay,
-                              fused=args.graph or None)
+                              fused=fused or None)
         self.optimisers = [(sgd, args.lr)]
         if hidden:
             decay = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
             divide = parallel.size() > 1
             self.optimisers.insert(0, (muon.Muon(hidden, rate(args.muon_lr), weight_decay=decay, divide=divide), args.muon_lr))
-        self.repeat = graph.Graphed(self.descend, self.generator) if args.graph else self.descend
+        self.repeat = speed.Graphed(self.descend, self.generator) if args.graph else self.descend
         self.step = 0
         self.steps_per_epoch = data.steps(len(self.train_images), args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
@@ -379,7 +384,7 @@ def header(args: argparse.Namespace, trainer: Trainer) -> str:
     images = f"{len(trainer.train_images):,} + {trainer.test_count:,}{' held-out' if args.validate else ''} images"
     where += f", {parallel.size()} processes" if parallel.size() > 1 else ""
     lines = [f"{title(args)} · {args.model}, {count:,} parameters · {args.dataset}, {images} · {where} ({args.device_reason}), "
-             f"{'bf16 autocast' if args.amp else 'float32'} ({args.amp_reason})"]
+             f"{'bf16 autocast' if args.amp else 'float32'} ({args.amp_reason}){', steps in a CUDA graph' if args.graph else ''}"]
     for optimiser, lr in trainer.optimisers:
         tensors = [p for group in optimiser.param_groups for p in group["params"]]
         kind, what = {True: ("Muon", "hidden matrices"), False: ("Nesterov SGD", "tensors")}[isinstance(optimiser, muon.Muon)]
@@ -475,6 +480,7 @@ def load(args: argparse.Namespace) -> data.Dataset:
 def run(args: argparse.Namespace) -> int:
     """From arguments to exit status, in one process; the first of several speaks for all."""
     speaks = parallel.rank() == 0
+    speed.prepare(args.device)
     try:
         dataset = load(args)
         trainer = Trainer(args, dataset)
@@ -493,6 +499,9 @@ def run(args: argparse.Namespace) -> int:
         if speaks:
             print(f"\ninterrupted; finished epochs are in {folder}", file=sys.stderr)
         return 130
+    except speed.RecordError as e:
+        print(f"train.py: {e}; add --no-graph", file=sys.stderr)
+        return 2
     except Exception as e:                                      # of a rule out of anybody's file, or else it goes on
         reason = rulefile.explain(e, args.rule)
         if reason is None:

@@ -249,6 +249,38 @@ def test_a_hook_that_does_not_run_cannot_go_unnoticed():
     assert gradients(model, x, labels)["blocks.7.conv2.weight"].isnan().all()
 
 
+@pytest.mark.parametrize("when", ["after", "before", "inside", "in place before", "in place after", "wrapped"])
+def test_a_compiled_model_is_refused(when):
+    """Compiled code may ignore hooks, so nobody may take it for the rule's. `exact()` and a removed rule compile as ever."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(6, 3)
+    if when == "wrapped":
+        with pytest.raises(ValueError, match="the model is compiled"):
+            fa.attach(torch.compile(model, backend="eager"), fa.FA())
+    elif when == "in place before":
+        model.compile(backend="eager")
+        with pytest.raises(ValueError, match="the model is compiled"):
+            fa.attach(model, fa.FA())
+    else:
+        call = torch.compile(model, backend="eager") if when == "before" else None
+        if call:
+            call(x).sum().backward()                            # compiled for once without a rule
+        handle = fa.attach(model, fa.FA())
+        if when == "after":
+            call = torch.compile(model, backend="eager")
+        elif when == "inside":
+            call = torch.compile(lambda x: model(x).square(), backend="eager")
+        elif when == "in place after":
+            model.compile(backend="eager")
+            call = model
+        with pytest.raises(RuntimeError, match="given to torch.compile"):
+            call(x).sum().backward()
+        with handle.exact():
+            call(x).sum().backward()
+        handle.remove()
+        call(x).sum().backward()
+
+
 def test_feedback_is_a_buffer_that_is_saved_moved_and_not_trained():
     model, x, labels = resnet(dtype=torch.float32)
     handle = fa.attach(model, fa.FA(seed=3))

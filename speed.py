@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: recorded once, then replayed without Python.
+"""What is here only for speed: the step as one CUDA graph on a GPU, and memory that is kept on a CPU.
 
 A step of ResNet-18 with Muon launches some thousand kernels. A fast GPU runs most of them in less time than Python needs to
 ask for the next, and waits. A CUDA graph remembers the launches of a step, with the addresses of all tensors, and repeats
@@ -13,15 +13,41 @@ What is recorded must be the same next time, so
     first calls just run the step.
 
 Python code inside the step runs while it is recorded and never again: a rule that counts its calls will count wrong.
+
+On a CPU the time goes elsewhere. The C library gives every large tensor's memory back to the system when the tensor dies, and
+the next one pays for it page by page; in a step with large batches a quarter of the time (tests/benchmark.py measures it).
 """
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 Step = Callable[[Tensor], tuple[Tensor, ...]]
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1                           # of glibc's malloc.h
+
+
+def prepare(device: torch.device) -> None:
+    """Once, before training. Results do not change, but for the choice of convolution algorithms on a GPU."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True                   # shapes never change: try the algorithms once, keep the fastest
+    else:
+        keep_memory()
+
+
+def keep_memory() -> bool:
+    """Let this process keep the memory of dead tensors for the next ones. False where the C library has no such setting."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):                # not glibc; TypeError: Windows
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
+
+
+class RecordError(RuntimeError):
+    """The step cannot be recorded as a CUDA graph, and why."""
 
 
 def record_cuda(step: Callable[[], tuple], generator: torch.Generator) -> tuple[Callable[[], None], tuple]:
@@ -40,6 +66,7 @@ class Graphed:
     generator   the random generator that the step draws from
     warm_up     calls that just run
     record      how to record: record_cuda, or the stand-in of the tests
+    Raises RecordError from the first call after the warm-up, if there is something in the step that no graph can hold.
     """
 
     def __init__(self, step: Step, generator: torch.Generator, warm_up: int = 3, record: Callable = record_cuda):
@@ -52,7 +79,10 @@ class Graphed:
             return self._aside(argument)
         if self.replay is None:
             self.argument = argument.clone()
-            self.replay, self.results = self.record(lambda: self.step(self.argument), self.generator)
+            try:
+                self.replay, self.results = self.record(lambda: self.step(self.argument), self.generator)
+            except RuntimeError as e:
+                raise RecordError(f"the step cannot be recorded as a CUDA graph: {str(e).splitlines()[0]}") from e
         self.argument.copy_(argument)
         self.replay()
         return tuple(result.clone() for result in self.results)         # the next replay writes over them

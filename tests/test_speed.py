@@ -1,10 +1,12 @@
-"""graph.py without a GPU: a stand-in that records a step's tensor operations and repeats them, and nothing else.
+"""speed.py without a GPU: a stand-in that records a step's tensor operations and repeats them, and nothing else.
 
 Like a CUDA graph it runs no Python on replay, keeps every tensor where it was, and cannot ask for a value. Whatever the step
 keeps in Python, such as a learning rate in a float, would be frozen in it; so equal weights after many replays say that
 there is nothing of the kind.
 """
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-import graph
+import speed
 import train
+from conftest import ROOT
 
 
 class Recorder(TorchDispatchMode):
@@ -64,7 +67,7 @@ def trained(case, replayed, monkeypatch, change=None):
     trainer = train.Trainer(args, data.gratings(160, 30))
     trainer.trajectory = None                                   # which would have every step of so short a run for itself
     if replayed:
-        trainer.repeat = graph.Graphed(trainer.descend, trainer.generator, record=standing_in(trainer))
+        trainer.repeat = speed.Graphed(trainer.descend, trainer.generator, record=standing_in(trainer))
     else:
         trainer.repeat = trainer.descend
     losses = [trainer.epoch("")["train_loss"] for _ in range(2)]
@@ -124,8 +127,41 @@ def test_the_stand_in_can_fail(monkeypatch):
     assert losses[0] != losses[1]
 
 
+def test_what_cannot_be_recorded_is_said():
+    def refuse(run, generator):
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    step = speed.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=refuse)
+    with pytest.raises(speed.RecordError) as stopped:
+        step(torch.ones(1))
+    assert str(stopped.value) == "the step cannot be recorded as a CUDA graph: operation not permitted when stream is capturing"
+
+
+def test_memory_is_kept():
+    """In processes of their own: the pages of a large tensor that dies stay, so the next ones cause few page faults."""
+    code = """
+import resource, sys, torch
+sys.path.insert(0, {root!r})
+import speed
+kept = speed.keep_memory() if {keep} else True
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2 ** 24)
+before = faults()
+for _ in range(8):
+    torch.ones(2 ** 24)
+print(int(kept), faults() - before)
+"""
+    found = {keep: [int(word) for word in subprocess.run(
+        [sys.executable, "-c", code.format(root=str(ROOT), keep=keep)], capture_output=True, text=True, check=True).stdout.split()]
+        for keep in (True, False)}
+    if not found[True][0] or found[False][1] < 1000:
+        pytest.skip("this C library has no such setting, or keeps the memory anyway")
+    assert found[True][1] < found[False][1] / 2, found
+
+
 def test_the_results_of_a_replay_are_not_written_over():
-    step = graph.Graphed(lambda x: (x * 2,), torch.Generator(), warm_up=1, record=lambda run, _: (lambda: None, run()))
+    step = speed.Graphed(lambda x: (x * 2,), torch.Generator(), warm_up=1, record=lambda run, _: (lambda: None, run()))
     first, second = step(torch.ones(2)), step(torch.ones(2))
     assert torch.equal(first[0], second[0]) and second[0] is not step.results[0]
 
