@@ -115,13 +115,15 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             orthogonal: dict[int, Tensor] = {}                              # index of the parameter -> O
             for stack in _stacks(params, self._share(params)):              # one batched product for all of a shape
-                U = torch.stack([updates[i].flatten(1) for i in stack]).to(group["dtype"])      # (k, out, in·kh·kw)
+                rows = [_matrix(updates[i], params[i]) for i in stack]
+                U = torch.empty(len(rows), *rows[0].shape, dtype=group["dtype"], device=rows[0].device)
+                torch._foreach_copy_(list(U), rows)                         # (k, out, in·kh·kw)
                 orthogonal.update(zip(stack, newton_schulz(U, group["steps"], group["dtype"]).to(params[stack[0]].dtype)))
             if self.divide:
                 _exchange(params, orthogonal)
             for stack in _stacks(params, range(len(params))):
                 out, fan_in = len(params[stack[0]]), params[stack[0]].numel() // len(params[stack[0]])
-                step, alpha = [orthogonal[i].view(params[i].shape) for i in stack], -group["lr"] * math.sqrt(max(1, out / fan_in))
+                step, alpha = [_weight(orthogonal[i], params[i]) for i in stack], -group["lr"] * math.sqrt(max(1, out / fan_in))
                 if isinstance(alpha, Tensor):
                     step, alpha = torch._foreach_mul(step, alpha), 1
                 torch._foreach_add_([params[i] for i in stack], step, alpha=alpha)
@@ -149,6 +151,26 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])         # M ← M + (1 - μ)(G - M)
         return list(torch._foreach_lerp(grads, momenta, group["momentum"])) if group["nesterov"] else momenta
+
+
+def _channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _matrix(update: Tensor, weight: Tensor) -> Tensor:
+    """(out, in, kh, kw) -> (out, in·kh·kw), with the columns in the order of the weight's memory, so that nothing is copied.
+
+    Newton–Schulz gives the same in any order: with a permutation Π, (XΠ)(XΠ)ᵀ = XXᵀ.
+    """
+    return (update.movedim(1, -1) if _channels_last(weight) else update).flatten(1)
+
+
+def _weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """The way back: (out, in·kh·kw) -> the shape and layout of the weight."""
+    if not _channels_last(weight):
+        return matrix.view(weight.shape)
+    out, channels, height, width = weight.shape
+    return matrix.view(out, height, width, channels).movedim(-1, 1)
 
 
 def _stacks(params: list[Tensor], indices: Iterable[int]) -> list[list[int]]:
