@@ -43,7 +43,7 @@ from torch.nn import functional as F
 def singular_values(matrix: Tensor) -> Tensor:
     """σ of an (m, n) matrix, float64 (min(m, n),), largest first. Below about 1e-8 σ₁ they are rounding.
 
-    Raises ValueError unless the matrix has two dimensions, is not empty and is finite.
+    Raises ValueError unless the matrix has two dimensions, is not empty and is finite, as must be σ₁.
     """
     if matrix.dim() != 2 or matrix.numel() == 0:
         raise ValueError(f"rank is measured of a non-empty matrix, not of shape {tuple(matrix.shape)}")
@@ -56,7 +56,10 @@ def singular_values(matrix: Tensor) -> Tensor:
     if M.shape[0] > M.shape[1]:
         M = M.mT
     eigenvalues = torch.linalg.eigvalsh(M @ M.mT)               # ascending; rounding may make a zero negative
-    return eigenvalues.clamp(min=0).sqrt().flip(0) * largest
+    sigma = eigenvalues.clamp(min=0).sqrt().flip(0) * largest
+    if sigma[0].isinf():
+        raise ValueError("the matrix is too large: its singular values are beyond the range of float64")
+    return sigma
 
 
 def effective_rank(matrix: Tensor) -> float:
