@@ -30,6 +30,9 @@ import fa
 class RuleFileError(ValueError):
     """One line: which file, which line in it, what is wrong, what was expected."""
 
+    def __init__(self, text: str):
+        super().__init__(" ".join(text.split()))                # a file's name may hold a line break
+
 
 def load(text: str) -> type[fa.Rule]:
     """The class behind a name of fa.RULES, or behind FILE.py:CLASS. Raises RuleFileError."""
