@@ -23,7 +23,7 @@ import train
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
-given, settings = hypothesis.given, hypothesis.settings
+given, example, settings = hypothesis.given, hypothesis.example, hypothesis.settings
 
 # derandomize: a failure belongs to a change of the code, not to chance. No deadline: the first call of a kernel is slow.
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=200)
@@ -266,6 +266,7 @@ def loads_or_says_why(root, content):
 
 
 @DATA
+@example(damage=[(5000, 1)], kind="flip")                       # a pixel
 @given(damage=st.lists(st.tuples(st.integers(0, 2 ** 20), st.integers(1, 255)), min_size=1, max_size=4),
        kind=st.sampled_from(["flip", "cut", "insert"]))
 def test_a_cache_with_a_few_bytes_changed(root, damage, kind):
@@ -295,6 +296,7 @@ def test_a_cache_that_holds_something_else(root, field, value, whole_file):
 
 
 @DATA
+@example("train_labels", torch.Tensor.to_sparse)
 @given(st.sampled_from(data.Dataset._fields[:4]),
        st.sampled_from([torch.Tensor.float, torch.Tensor.bool, torch.Tensor.to_sparse, lambda t: t.to("meta"),
                         lambda t: t - 10, lambda t: t + 10, lambda t: t[:0], lambda t: t[0], lambda t: t[None],
@@ -307,6 +309,7 @@ def test_a_cache_with_a_tensor_that_is_not_right(root, field, change):
 
 
 @DATA
+@example(content=b"G")                                          # a number that torch's reader looks for in the bytes to come
 @given(content=st.binary(max_size=200))
 def test_a_cache_of_any_bytes(root, content):
     assert loads_or_says_why(root, content) is None
@@ -324,6 +327,9 @@ VALUES = WORDS | NUMBERS | ANY_TEXT
 
 
 @PARSE
+@example([("--seed", "9" * 400)], False)
+@example([("--dataset", "x" * 300)], False)
+@example([("--device", "a\nb")], True)
 @given(st.lists(st.tuples(st.sampled_from(FLAGS) | st.text(max_size=3).map("--{}".format), st.none() | VALUES),
                 max_size=5), st.booleans())
 def test_any_arguments_are_taken_or_refused_in_one_line(pairs, joined):
