@@ -23,8 +23,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -55,16 +57,16 @@ WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64, "resnet34": 64, "vgg11": 64}   
 # ---- arguments -------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")               # one line; the usage is behind --help
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite number of at least `low` (or above it) and at most `high`."""
     wanted = f"{'an integer' if kind is int else 'a finite number'} {'above' if above else 'of at least'} {low}"
     wanted += f" and at most {high}" if high < math.inf else ""
 
-    def convert(text: str):
+    def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -96,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
                    help="normalise hidden activity; --norm alone is batch, the paper's (default: no normalisation at all)")
     g.add_argument("--dataset", default="gratings", metavar="DATA",
-                   help=f"what to learn: {', '.join(data.NAMES)}, or a folder with train/ and test/ (or val/) and there a folder "
-                        "of images for each class (default: gratings, which is generated and needs no download)")
+                   help=f"what to learn: {', '.join(data.NAMES)}, or a folder with train/ and test/ (or val/) and there a "
+                        "folder of images for each class (default: gratings, which is generated and needs no download)")
     g.add_argument("--image-size", type=number(int, 8), metavar="PIXELS",
                    help="resize the images of a folder to this (default: 32)")
     g.add_argument("--model", choices=models.MODELS,
@@ -150,7 +152,8 @@ def add_machine(p: argparse.ArgumentParser) -> None:
                    help="hold out the last N training images and measure on them instead of the test set, to choose "
                         "hyperparameters (default: the test set)")
     g.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
-    g.add_argument("--out", metavar="DIR", help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
+    g.add_argument("--out", metavar="DIR",
+                   help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
     g.add_argument("--device", default="auto",
                    help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
     g.add_argument("--graph", action=argparse.BooleanOptionalAction,
@@ -304,8 +307,8 @@ class Trainer:
                 else:
                     group["lr"] = lr * factor
         # The update of an epoch's first step: at the very end the learning rate is so small that rounding would be measured.
-        first = self.recorder and self.step % self.steps_per_epoch == 0
-        row = self.trajectory and self.step % max(1, self.total_steps // 256) == 0      # some 256 rows in all
+        first = self.recorder is not None and self.step % self.steps_per_epoch == 0
+        row = self.trajectory is not None and self.step % max(1, self.total_steps // 256) == 0      # some 256 rows in all
         result = self.descend(chosen, first, row) if first or row else self.repeat(chosen)
         self.step += 1
         return result
@@ -384,7 +387,8 @@ def header(args: argparse.Namespace, trainer: Trainer) -> str:
     images = f"{len(trainer.train_images):,} + {trainer.test_count:,}{' held-out' if args.validate else ''} images"
     where += f", {parallel.size()} processes" if parallel.size() > 1 else ""
     lines = [f"{title(args)} · {args.model}, {count:,} parameters · {args.dataset}, {images} · {where} ({args.device_reason}), "
-             f"{'bf16 autocast' if args.amp else 'float32'} ({args.amp_reason}){', steps in a CUDA graph' if args.graph else ''}"]
+             f"{'bf16 autocast' if args.amp else 'float32'} ({args.amp_reason})"
+             f"{', steps in a CUDA graph' if args.graph else ''}"]
     for optimiser, lr in trainer.optimisers:
         tensors = [p for group in optimiser.param_groups for p in group["params"]]
         kind, what = {True: ("Muon", "hidden matrices"), False: ("Nesterov SGD", "tensors")}[isinstance(optimiser, muon.Muon)]
@@ -439,8 +443,8 @@ def train(args: argparse.Namespace, trainer: Trainer, folder: Path | None) -> in
         return DIVERGED if log[-1]["diverged"] else 0
     runs.draw(folder / "curves.png", log, f"{title(args)} · {args.model} · {args.dataset} · seed {args.seed}")
     if log[-1]["diverged"]:
-        print(f"diverged: at step {log[-1]['step']} (epoch {log[-1]['epoch']}) the loss or a weight is not finite; a lower --lr, "
-              f"--norm or --muon may help · {folder}", flush=True)
+        print(f"diverged: at step {log[-1]['step']} (epoch {log[-1]['epoch']}) the loss or a weight is not finite; a lower "
+              f"--lr, --norm or --muon may help · {folder}", flush=True)
         return DIVERGED
     print(f"final {measured} accuracy {log[-1]['test_accuracy']:.1%} (epoch {args.epochs}, the last) · "
           f"{span(time.perf_counter() - began)} · {folder}", flush=True)

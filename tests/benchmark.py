@@ -84,7 +84,8 @@ def steps(device: torch.device, width: int, batch: int) -> dict:
                 "FA + Muon": ["--rule", "fa", "--muon"], "FA + Muon + norm": ["--rule", "fa", "--muon", "--norm"]}
     calls = {}
     for name, own in variants.items():
-        trainer = train.Trainer(train.parse([*common, *own, "--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in own)]), dataset)
+        rates = ["--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in own)]
+        trainer = train.Trainer(train.parse([*common, *own, *rates]), dataset)
         trainer.model.train()
         if name.endswith("plain hook"):
             plain_hooks(trainer, fa.FA(seed=0))
@@ -245,7 +246,8 @@ def table(rows: list[dict]) -> str:
             more.append(f"{row['operations']} operations")
         compared = ratio(row, rows)
         against = f"{compared:.2f} × {row['against']}" if compared else ""
-        lines.append(f"| {row['row']} | {duration(row['seconds'])} ± {duration(row['spread'])} | {against} | {', '.join(more)} |")
+        took = f"{duration(row['seconds'])} ± {duration(row['spread'])}"
+        lines.append(f"| {row['row']} | {took} | {against} | {', '.join(more)} |")
     return "\n".join(lines)
 
 
