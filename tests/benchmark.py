@@ -5,7 +5,8 @@
 
 Rows of a group take turns, round after round, so that a busy machine or a warm one is fair to all of them; a figure is the
 median over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.update` with its batch:
-augmentation, forward, backward with the hooks, schedule, Muon and SGD.
+augmentation, forward, backward with the hooks, schedule, Muon and SGD. Operations are those that compute or copy something; on
+a GPU each is at least one kernel launch, but a captured step is one in all.
 """
 import copy
 import json
@@ -31,6 +32,7 @@ import fa  # noqa: E402
 import muon  # noqa: E402
 import rank  # noqa: E402
 import runs  # noqa: E402
+import speed  # noqa: E402
 import train  # noqa: E402
 
 
@@ -82,8 +84,11 @@ def steps(device: torch.device, width: int, batch: int) -> dict:
     variants = {"BP + norm": ["--rule", "bp", "--norm"], "FA + norm, plain hook": ["--rule", "bp", "--norm"],
                 "FA + norm": ["--rule", "fa", "--norm"], "FA": ["--rule", "fa"], "BP": ["--rule", "bp"],
                 "FA + Muon": ["--rule", "fa", "--muon"], "FA + Muon + norm": ["--rule", "fa", "--muon", "--norm"]}
+    if device.type == "cuda":
+        variants.update({f"{name}, captured": variants[name] for name in ("BP + norm", "FA + norm", "FA + Muon + norm")})
     calls = {}
     for name, own in variants.items():
+        own = [*own, "--graph" if name.endswith("captured") else "--no-graph"]
         trainer = train.Trainer(train.parse([*common, *own, "--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in own)]), dataset)
         trainer.model.train()
         if name.endswith("plain hook"):
@@ -103,7 +108,8 @@ def steps(device: torch.device, width: int, batch: int) -> dict:
 
 
 COMPARED = {"FA + norm, plain hook": "BP + norm", "FA + norm": "BP + norm", "FA": "BP", "FA + Muon": "BP",
-            "FA + Muon + norm": "BP + norm"}
+            "FA + Muon + norm": "BP + norm", "BP + norm, captured": "BP + norm", "FA + norm, captured": "BP + norm, captured",
+            "FA + Muon + norm, captured": "BP + norm, captured"}
 
 
 def flops_an_image(width: int) -> int:
@@ -124,17 +130,23 @@ def ceiling(device: torch.device) -> float:
 
 def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: float) -> list[dict]:
     calls, flops = steps(device, width, batch), flops_an_image(width)
+    if device.type == "cuda":
+        for call in calls.values():                                             # until the graphs are recorded
+            for _ in range(4):
+                call()
     seconds, rows = in_turns(device, calls, rounds), []
     for name, each in seconds.items():
-        median, peak = statistics.median(each), None
+        median, peak, operations = statistics.median(each), None, 1
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             calls[name]()
             wait(device)
             peak = torch.cuda.max_memory_allocated(device) / 2 ** 20
+        if not name.endswith("captured"):
+            operations = operations_of(calls[name])
         rows.append({"group": f"step, ResNet-18 of width {width}, batch {batch}", "row": name, "seconds": median,
                      "spread": spread(each), "against": COMPARED.get(name), "images_per_second": batch / median,
-                     "share_of_ceiling": batch * flops / median / top, "peak_MiB": peak})
+                     "share_of_ceiling": batch * flops / median / top, "peak_MiB": peak, "operations": operations})
     return rows
 
 
@@ -154,6 +166,12 @@ class CountOperations(TorchDispatchMode):
         return result
 
 
+def operations_of(call) -> int:
+    with CountOperations() as counter:
+        call()
+    return sum(counter.counts.values())
+
+
 def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
     import models
     hidden, _ = muon.split(models.resnet18(100, "batch", width).to(device, memory_format=torch.channels_last))
@@ -166,9 +184,7 @@ def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
     rows = {"torch.optim.Muon, flattened weights": theirs.step, "ours": ours.step}
     result = timed(device, f"Muon step, the {len(hidden)} hidden matrices of ResNet-18, width {width}", rows, rounds)
     for row, call in zip(result, rows.values()):
-        with CountOperations() as counter:
-            call()
-        row["operations"] = sum(counter.counts.values())
+        row["operations"] = operations_of(call)
     return result
 
 
@@ -242,7 +258,7 @@ def table(rows: list[dict]) -> str:
         if row.get("peak_MiB"):
             more.append(f"{row['peak_MiB']:,.0f} MiB")
         if row.get("operations"):
-            more.append(f"{row['operations']} operations")
+            more.append("one launch" if row["operations"] == 1 else f"{row['operations']:,} operations")
         compared = ratio(row, rows)
         against = f"{compared:.2f} × {row['against']}" if compared else ""
         lines.append(f"| {row['row']} | {duration(row['seconds'])} ± {duration(row['spread'])} | {against} | {', '.join(more)} |")
@@ -259,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     device, _ = train.choose_device(p, args.device)
     width = args.width or (64 if device.type == "cuda" else 16)
+    speed.prepare(device)
     top = ceiling(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name} · torch {torch.__version__} · a large matrix product reaches {top / 1e12:.3g} TFLOP/s")
