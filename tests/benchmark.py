@@ -69,7 +69,7 @@ def plain_hooks(trainer: train.Trainer, rule: fa.Rule) -> None:
     layers = [m for m in trainer.model.modules() if isinstance(m, fa.Layer)]
     for layer in layers[1:]:
         rule.prepare(layer)
-        layer.rule = rule
+        layer.rule, layer.unreplaced = rule, 0
         layer.register_full_backward_hook(fa._replace_error)
 
 
