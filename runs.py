@@ -202,6 +202,11 @@ def read_checkpoint(folder: Path) -> tuple[dict | None, str]:
     return None, ""
 
 
+def drop_damaged(folder: Path) -> None:
+    """Put the checkpoint before the damaged one in its place, so that two good ones are kept again after the next."""
+    os.replace(folder / PREVIOUS, folder / CHECKPOINT)
+
+
 class Interruption:
     """Within this context Ctrl-C and SIGTERM are remembered instead of obeyed: ask between two steps. A second Ctrl-C is obeyed.
 

@@ -657,6 +657,8 @@ def begin(args: argparse.Namespace, trainer: Trainer, held: contextlib.ExitStack
     runs.write_json(log.folder / "config.json", {**config, "args": settings(args)})
     log.say(header(args, trainer))
     if args.resume:
+        if damage and not args.out:
+            runs.drop_damaged(args.resume)
         log.say("\n".join([*[f"{damage}; going on from the one before"] * bool(damage), *changes(args, state),
                            f"going on after step {trainer.step} of {trainer.total_steps}, epoch {len(log.lines)} of {args.epochs}"]))
         runs.write_log(log.folder / "log.jsonl", log.lines)

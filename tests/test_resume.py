@@ -233,6 +233,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, capsys):
     out = capsys.readouterr().out
     assert "parts/checkpoint.pt is damaged" in out and "going on from the one before" in out and "after step 8 of 12" in out
     assert_same(Path("whole"), Path("parts"))
+    runs.read_checkpoint(Path("parts"))
+    assert torch.load("parts/checkpoint.previous.pt", weights_only=True)["step"] == 8      # and not the damaged one
     damage(Path("parts/checkpoint.pt"))
     damage(Path("parts/checkpoint.previous.pt"))
     assert train.main(["--resume", "parts"]) == 2
