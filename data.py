@@ -134,7 +134,7 @@ def _read(name: str, cache: Path) -> Dataset:
     return Dataset(**content)
 
 
-def _content(cache: Path, remedy: str) -> object:
+def _content(cache: Path, remedy: str):
     with open(cache, "rb") as file:
         try:
             return torch.load(file, weights_only=True, map_location="cpu")

@@ -43,12 +43,13 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-Layer = nn.Linear | nn.Conv2d
+Layer: TypeAlias = nn.Linear | nn.Conv2d
 ELEMENTWISE = nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.PReLU      # no error crosses their weights by a matrix
 
 
@@ -195,7 +196,8 @@ class DFA(Rule):
 
     def prepare(self, layer: Layer) -> None:
         layer.register_buffer("feedback", layer.weight.new_empty(0))    # its size is known when the first error comes
-        self.output = self.error = None
+        self.output: Layer | None = None
+        self.error: Tensor | None = None
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
         if self.output is None:                         # the first error of the first backward pass is the classifier's
@@ -258,7 +260,7 @@ RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "sign": SignSymm
 
 # ---- the hooks -------------------------------------------------------------------------------------------------
 
-def attach(model: nn.Module, rule: Rule, stem: Iterable[nn.Module] | None = None) -> "Attachment":
+def attach(model: nn.Module, rule: Rule, stem: Iterable[nn.Module] | None = None) -> Attachment:
     """Let `rule` carry the error back through every Linear and Conv2d of `model`, except the stem.
 
     The stem is the layer that reads the data: nothing below it learns, so it needs no error. By default it is the first
@@ -345,7 +347,7 @@ class Attachment:
             self.rule.before_step(layer)
 
     def digest(self) -> str:
-        """Hexadecimal, of all feedback weights: the same in the end as in the beginning, unless the rule says that it `learns`."""
+        """Hexadecimal, of all feedback weights: the same in the end as in the beginning, unless the rule `learns`."""
         digest = hashlib.blake2b(digest_size=16)
         for name, layer in self.layers.items():
             for made in sorted(self._made[name]):
@@ -409,8 +411,8 @@ class _Tie(torch.autograd.Function):
         return error.new_full((), float("nan"), dtype=ctx.dtype).expand(ctx.shape), error, None
 
 
-UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled code may ignore hooks, "
-              "and then the rule is silently backprop")
+UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled code may ignore "
+              "hooks, and then the rule is silently backprop")
 
 
 @torch.compiler.disable                                 # so it is not compiled, but called

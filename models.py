@@ -25,6 +25,7 @@ normalisation or "torch" without, to see what depends on it.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -194,4 +195,5 @@ def vgg11(classes: int = 100, norm: str | None = "batch", width: int = 64, chann
     return VGG(classes, norm, width, channels, _chosen(init, norm))
 
 
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18, "resnet34": resnet34, "vgg11": vgg11}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp, "cnn": cnn, "resnet18": resnet18, "resnet34": resnet34, "vgg11": vgg11}

@@ -45,13 +45,14 @@ def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
               matrix the smallest one does not)
     dtype     of the iteration. bf16 is enough (a Gaussian matrix's result moves by 1 to 1.5 %), and fast where hardware has it
     eps       smallest Frobenius norm divided by, so that a zero matrix stays zero
-    returns   (..., m, n) in `dtype`
+    returns   (..., m, n) in `dtype`; NaN for a matrix that holds infinity or NaN, zero for one whose squared norm is beyond
+              the range of float32 (of float64, if that is `dtype`)
     Raises ValueError for fewer than two dimensions.
     """
     if matrices.dim() < 2:
         raise ValueError(f"Newton–Schulz orthogonalises matrices; this tensor has shape {tuple(matrices.shape)}")
     a, b, c = COEFFICIENTS
-    X = matrices.reshape(-1, *matrices.shape[-2:]).to(dtype)                # (k, m, n)
+    X = matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:]).to(dtype)    # (k, m, n)
     tall = X.shape[1] > X.shape[2]
     if tall:
         X = X.mT                                                            # A is then the smaller Gram matrix

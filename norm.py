@@ -287,8 +287,8 @@ def _draw(out: Path, cosines: dict, ranks: dict) -> None:
         right.plot(depth, ranks[kind], style, color=colours[kind], linewidth=2)
     left.set(title="do all inputs look alike?", xlabel="layer", ylabel="mean cosine between two inputs' activations",
              ylim=(0, 1.02))
-    right.set(title="and how many directions are left?", xlabel="layer", ylabel="effective rank of the activations", yscale="log",
-              ylim=(1, 256))
+    right.set(title="and how many directions are left?", xlabel="layer", ylabel="effective rank of the activations",
+              yscale="log", ylim=(1, 256))
     right.set_yticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
     right.minorticks_off()
     for axes in (left, right):

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 def singular_values(matrix: Tensor) -> Tensor:
     """σ of an (m, n) matrix, float64 (min(m, n),), largest first. Below about 1e-8 σ₁ they are rounding.
 
-    Raises ValueError unless the matrix has two dimensions, is not empty and is finite.
+    Raises ValueError unless the matrix has two dimensions, is not empty and is finite, as must be σ₁.
     """
     if matrix.dim() != 2 or matrix.numel() == 0:
         raise ValueError(f"rank is measured of a non-empty matrix, not of shape {tuple(matrix.shape)}")
@@ -56,7 +56,10 @@ def singular_values(matrix: Tensor) -> Tensor:
     if M.shape[0] > M.shape[1]:
         M = M.mT
     eigenvalues = torch.linalg.eigvalsh(M @ M.mT)               # ascending; rounding may make a zero negative
-    return eigenvalues.clamp(min=0).sqrt().flip(0) * largest
+    sigma = eigenvalues.clamp(min=0).sqrt().flip(0) * largest
+    if sigma[0].isinf():
+        raise ValueError("the matrix is too large: its singular values are beyond the range of float64")
+    return sigma
 
 
 def effective_rank(matrix: Tensor) -> float:
@@ -180,11 +183,12 @@ class Recorder:
         record = {}
         for name, layer in self.layers.items():
             spectrum = self._sigma(errors[name])
-            chosen = [] if spectrum is None else [rank for rank in self.SPECTRUM if rank <= len(spectrum)]
+            relative = [] if spectrum is None else [(spectrum[rank - 1] / spectrum[0]).item() if spectrum[0] > 0 else 0.0
+                                                    for rank in self.SPECTRUM if rank <= len(spectrum)]
             line = {"error": self._measured(errors[name], spectrum),
                     "gradient": self._measured(gradients[name]),
                     "activation": self._measured(inputs[name]),
-                    "spectrum": [(spectrum[rank - 1] / spectrum[0]).item() if spectrum[0] > 0 else 0.0 for rank in chosen],
+                    "spectrum": relative,
                     "cosine": mean_cosine(inputs[name].flatten(1)),
                     "angle_gradient": angle(gradients[name], exact[name])}
             if name in self._updates:
@@ -261,8 +265,11 @@ class Trajectory:
         for name, rows in state["rows"].items():
             self.rows[name] = list(rows.to(next(iter(self.signs.values())).device))
 
-    def ranks(self, window: int = 50) -> dict[str, dict[str, float]]:
-        """Effective rank of each layer's rows so far, and of the last `window` of them. At most their number."""
+    def ranks(self, window: int = 50) -> dict[str, dict[str, float] | None]:
+        """Effective rank of each layer's rows so far, and of the last `window` of them. At most their number.
+
+        None where a row holds infinite or NaN values.
+        """
         stacks = {name: torch.stack(rows) for name, rows in self.rows.items() if rows}
         return {name: {"rows": len(rows), "effective_rank": effective_rank(rows), "window": effective_rank(rows[-window:])}
                 if rows.isfinite().all() else None for name, rows in stacks.items()}
@@ -270,7 +277,7 @@ class Trajectory:
 
 # ---- pictures --------------------------------------------------------------------------------------------------
 
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")     # Okabe & Ito 2008, colour-blind safe
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")   # Okabe & Ito 2008, colour-blind safe
 
 
 def read(run: Path) -> tuple[str, list[dict]]:
@@ -321,7 +328,8 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] 
     over_epochs.set(title=f"weight gradient of {hidden[-1]}", xlabel="epoch", ylabel="effective rank")
     trajectory.set(title="gradient trajectory, whole network", xlabel="epoch", ylabel="effective rank so far")
     spectrum.set(title=f"error δ of {hidden[-1]}", xlabel="i", ylabel="singular value σ_i / σ_1", xscale="log", yscale="log")
-    alignment.set(title="angle to backprop's gradient", xlabel="epoch", ylabel="degrees, mean of hidden layers", ylim=(-4, None))
+    alignment.set(title="angle to backprop's gradient", xlabel="epoch", ylabel="degrees, mean of hidden layers",
+                  ylim=(-4, None))
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in (by_depth, gradients, over_epochs, trajectory):

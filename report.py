@@ -154,7 +154,7 @@ def map_table(experiment, lines: list[dict]) -> str:
     for panel in panels(experiment):
         for column in experiment.columns:
             bp, fa = (select(lines, f"{panel}: {label}", column) for label in ("backprop", "FA"))
-            finals = [x[0]["rank"][-1] if x and not x[0]["diverged"] else None for x in (bp, fa)]
+            finals: list = [x[0]["rank"][-1] if x and not x[0]["diverged"] else None for x in (bp, fa)]
             texts = ["–"] * 3
             if None not in finals:
                 texts = [", ".join(mean([ratio(f, b)], 2) for b, f in zip(*(effective_ranks(x, kind) for x in finals)))
@@ -268,7 +268,7 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
             cells = [select(lines, label, column) for column in experiment.columns]
             grid[0, j].plot(positions, [nan(mean_accuracy(cell)) for cell in cells], **style)
             if recorded:
-                ranks = [[hidden_error_rank(line) for line in cell] for cell in cells]
+                ranks: list = [[hidden_error_rank(line) for line in cell] for cell in cells]
                 grid[1, j].plot(positions, [statistics.mean(r) if r and None not in r else math.nan for r in ranks], **style)
         grid[0, j].axhline(min(chance(line) for line in lines), color="#999999", linewidth=1, linestyle=":")
         grid[0, j].set_title(panel)

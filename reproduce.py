@@ -26,10 +26,11 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+import options
 import report
 import rulefile
 import runs
@@ -82,8 +83,8 @@ EXPERIMENTS = {
         "--dataset cifar10 --subset 10000 --epochs 12 --weight-decay 0 --rank",
         {"backprop + norm": "--rule bp --norm", **REPAIRS}, view="ranks"),
     "rank-map": Experiment(
-        "Where the collapse is and where it is not: initialisation x learning rate x layer x time. The 4-layer CNN of width 16, "
-        "the first 10,000 training images of CIFAR-10, 10 epochs, Nesterov SGD, no normalisation, no weight decay.",
+        "Where the collapse is and where it is not: initialisation x learning rate x layer x time. The 4-layer CNN of width "
+        "16, the first 10,000 training images of CIFAR-10, 10 epochs, Nesterov SGD, no normalisation, no weight decay.",
         "--dataset cifar10 --width 16 --subset 10000 --epochs 10 --weight-decay 0 --rank --lr {}",
         {f"{name}: {label}": f"--init {init} {REPAIRS[label]}" for name, init in (("He", "he"), ("torch's default", "torch"))
          for label in ("backprop", "FA")},
@@ -118,8 +119,8 @@ EXPERIMENTS = {
         "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 10",
         {**{k: f"{v} {rate_flag(v)} {TUNED[k]}" for k, v in ALL.items()}, "frozen features": "--rule frozen --norm"}, seeds=3),
     "improve": Experiment(
-        "Beyond the paper: what lifts feedback alignment with both fixes further? The small scale of `cifar100-small`, measured "
-        "on 10,000 other training images, never on the test set.",
+        "Beyond the paper: what lifts feedback alignment with both fixes further? The small scale of `cifar100-small`, "
+        "measured on 10,000 other training images, never on the test set.",
         "--dataset cifar100 --model resnet18 --width 16 --subset 10000 --epochs 10 --validate 10000 --rule fa --muon --norm",
         {"FA + Muon + norm": "", "B × 3": "--feedback-gain 3", "orthogonal B": "--feedback-orthogonal",
          "B × 3, orthogonal": "--feedback-gain 3 --feedback-orthogonal", "Muon decay 0.05": "--muon-weight-decay 0.05",
@@ -144,11 +145,10 @@ EXPERIMENTS = {
 
 def beside(experiment: Experiment, rule: str) -> Experiment:
     """The experiment, and after each run of feedback alignment the same with another rule."""
-    cells = {}
+    cells, name = {}, rulefile.name(rule)
     for label, own in experiment.cells.items():
         cells[label] = own
         if re.search(r"--rule fa\b", own):
-            name = rulefile.name(rule)
             cells[re.sub(r"\bFA\b", lambda _: name, label)] = own.replace("--rule fa", f"--rule {shlex.quote(rule)}")
     if len(cells) == len(experiment.cells):
         raise runs.RunError("this experiment does not name the rule run by run; --rule has nothing to add to it")
@@ -206,11 +206,11 @@ def devices(asked: str, count: int) -> queue.Queue:
     return places
 
 
-def run_at(places: queue.Queue, *args) -> dict:
+def run_at(places: queue.Queue, *args: Any) -> dict:
     """`run` on the next place that is free."""
     place = places.get()
     try:
-        return run(*args, place)
+        return run(*args, place)    # type: ignore[call-arg]  # args are all that run takes but the last
     finally:
         places.put(place)
 
@@ -219,7 +219,8 @@ def run(name: str, job: Job, data: str, threads: int, running: dict, device: str
     """One run of train.py in a process of its own; returns its result line."""
     Path("runs").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="runs"))
-    command = [sys.executable, HERE / "train.py", *job.argv, "--data", data, "--device", device, "--out", folder / "run"]
+    command = [sys.executable, str(HERE / "train.py"), *job.argv, "--data", data, "--device", device,
+               "--out", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     running[job.key] = process, folder / "run" / "log.jsonl"
@@ -295,30 +296,31 @@ def written(text: str) -> str:
         block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if block.search(text):
             content = report.VIEWS[experiment.view].table(experiment, lines_of(name)) + "\n"
-            text = block.sub(lambda m: m[1] + content + m[2], text)
+            text = block.sub(lambda m: m[1] + content + m[2], text)     # noqa: B023  (sub calls it before content changes)
     return text
 
 
 # ---- command line ----------------------------------------------------------------------------------------------
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = train.Parser(prog="reproduce.py", description="Run an experiment of the paper, as far as it is missing.",
+    p = options.Parser(prog="reproduce.py", description="Run an experiment of the paper, as far as it is missing.",
                      epilog="Experiments: " + " ".join(f"{name}: {e.claim}" for name, e in EXPERIMENTS.items()))
     p.add_argument("name", nargs="?", choices=EXPERIMENTS, help="the experiment")
-    p.add_argument("--seeds", type=train.number(int, 1), help="runs of each cell (default: the experiment's own number)")
+    p.add_argument("--seeds", type=options.number(int, 1), help="runs of each cell (default: the experiment's own number)")
     p.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="changes",
                    help="arguments of train.py that replace the experiment's, such as epochs=10 width=16")
-    p.add_argument("--rule", type=train.rule, metavar="RULE",
+    p.add_argument("--rule", type=options.rule, metavar="RULE",
                    help="another rule beside feedback alignment, such as dfa or my_rule.py:MyRule; what results/ has already "
                         "is not run again, and all goes to --out (default there: mine)")
-    p.add_argument("--jobs", type=train.number(int, 1), default=1,
+    p.add_argument("--jobs", type=options.number(int, 1), default=1,
                    help="runs at a time, sharing the cores, and the GPUs if there are several (default: 1)")
     p.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
     p.add_argument("--device", default="auto", help="as for train.py (default: auto)")
     p.add_argument("--out", type=Path, metavar="DIR",
                    help="folder of results of your own; all runs are then run on your machine (default: results/, where the "
                         "README's numbers are, and whose runs are not repeated)")
-    p.add_argument("--check", action="store_true", help="only compare the README's tables with results/; status 1 if they differ")
+    p.add_argument("--check", action="store_true",
+                   help="only compare the README's tables with results/; status 1 if they differ")
     args = p.parse_args(argv)
     if args.rule and not args.out:
         args.out = Path("mine")

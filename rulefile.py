@@ -30,6 +30,9 @@ import fa
 class RuleFileError(ValueError):
     """One line: which file, which line in it, what is wrong, what was expected."""
 
+    def __init__(self, text: str):
+        super().__init__(" ".join(text.split()))                # a file's name may hold a line break
+
 
 def load(text: str) -> type[fa.Rule]:
     """The class behind a name of fa.RULES, or behind FILE.py:CLASS. Raises RuleFileError."""
@@ -51,7 +54,7 @@ def digest(text: str) -> str | None:
 
 def make(rule: type[fa.Rule], seed: int, gain: float | None = None, orthogonal: bool = False) -> fa.Rule:
     """An instance; a class with a constructor of its own need only take what is asked for. Raises RuleFileError."""
-    asked = {"seed": seed} | ({"gain": gain} if gain else {}) | ({"orthogonal": True} if orthogonal else {})
+    asked: dict = {"seed": seed} | ({"gain": gain} if gain else {}) | ({"orthogonal": True} if orthogonal else {})
     try:
         made = rule(**asked)
     except TypeError as e:
@@ -110,7 +113,8 @@ def _try(rule: type[fa.Rule], path: str) -> None:
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU(),
-                              nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(96, 5), nn.ReLU(), nn.Linear(5, 3))
+                              nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(96, 5), nn.ReLU(),
+                              nn.Linear(5, 3))
         try:
             handle = fa.attach(model, make(rule, seed=0))
             for layer in handle.layers.values():

@@ -195,7 +195,7 @@ def read_checkpoint(folder: Path) -> tuple[dict | None, str]:
                 raise ValueError("it holds no state")
             return state, "; ".join(said)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-            reason = " ".join(str(e).split())[:100] if not isinstance(e, pickle.UnpicklingError) else "not a checkpoint's content"
+            reason = "not what a checkpoint holds" if isinstance(e, pickle.UnpicklingError) else " ".join(str(e).split())[:100]
             said.append(f"{path} is damaged ({reason})")
     if said:
         raise RunError(f"{'; '.join(said)}: there is nothing to go on from; start the run again with another --out")
@@ -208,17 +208,18 @@ def drop_damaged(folder: Path) -> None:
 
 
 class Interruption:
-    """Within this context Ctrl-C and SIGTERM are remembered instead of obeyed: ask between two steps. A second Ctrl-C is obeyed.
+    """Within this context Ctrl-C and SIGTERM are remembered, not obeyed: ask between two steps. A second Ctrl-C is obeyed.
 
-    status      None, or 128 + the signal's number, which is what a shell expects a process to end with
+    status      0, or 128 + the signal's number, which is what a shell expects a process to end with
     """
 
-    def __init__(self) -> None:
-        self.status: int | None = None
+    def __init__(self, listen: bool = True) -> None:
+        self.status, self.listen = 0, listen
 
-    def __enter__(self) -> "Interruption":
-        main = threading.current_thread() is threading.main_thread()            # Python tells no other thread of signals
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    def __enter__(self) -> Interruption:
+        # Python tells no other thread of signals.
+        asked = (signal.SIGINT, signal.SIGTERM) if self.listen and threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._remember) for number in asked}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -226,7 +227,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: types.FrameType | None) -> None:
-        if self.status is not None and number == signal.SIGINT:
+        if self.status and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.status = 128 + number
 

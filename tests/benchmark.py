@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import fa  # noqa: E402
 import muon  # noqa: E402
+import options  # noqa: E402
 import rank  # noqa: E402
 import runs  # noqa: E402
 import speed  # noqa: E402
@@ -89,7 +90,8 @@ def steps(device: torch.device, width: int, batch: int) -> dict:
     calls = {}
     for name, own in variants.items():
         own = [*own, "--graph" if name.endswith("captured") else "--no-graph"]
-        trainer = train.Trainer(train.parse([*common, *own, "--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in own)]), dataset)
+        rates = ["--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in own)]
+        trainer = train.Trainer(train.parse([*common, *own, *rates]), dataset)
         trainer.model.train()
         if name.endswith("plain hook"):
             plain_hooks(trainer, fa.FA(seed=0))
@@ -261,19 +263,20 @@ def table(rows: list[dict]) -> str:
             more.append("one launch" if row["operations"] == 1 else f"{row['operations']:,} operations")
         compared = ratio(row, rows)
         against = f"{compared:.2f} × {row['against']}" if compared else ""
-        lines.append(f"| {row['row']} | {duration(row['seconds'])} ± {duration(row['spread'])} | {against} | {', '.join(more)} |")
+        took = f"{duration(row['seconds'])} ± {duration(row['spread'])}"
+        lines.append(f"| {row['row']} | {took} | {against} | {', '.join(more)} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = train.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
+    p = options.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
-    p.add_argument("--rounds", type=train.number(int, 2), default=15, help="how often every row is timed (default: 15)")
-    p.add_argument("--batch-sizes", type=train.number(int, 1), nargs="+", default=[128, 512], metavar="N")
-    p.add_argument("--width", type=train.number(int, 1), help="of ResNet-18 (default: 64 on a GPU, 16 on a CPU)")
+    p.add_argument("--rounds", type=options.number(int, 2), default=15, help="how often every row is timed (default: 15)")
+    p.add_argument("--batch-sizes", type=options.number(int, 1), nargs="+", default=[128, 512], metavar="N")
+    p.add_argument("--width", type=options.number(int, 1), help="of ResNet-18 (default: 64 on a GPU, 16 on a CPU)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="keep the rows, and what they were measured with")
     args = p.parse_args(argv)
-    device, _ = train.choose_device(p, args.device)
+    device, _ = options.choose_device(p, args.device)
     width = args.width or (64 if device.type == "cuda" else 16)
     speed.prepare(device)
     top = ceiling(device)

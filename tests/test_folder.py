@@ -41,7 +41,8 @@ def test_it_trains_like_the_data_set_that_it_was_written_from(tmp_path, monkeypa
     torch.save(content, tmp_path / "cifar100.pt")
     image_tree.write(content, tmp_path / "tree")
     monkeypatch.chdir(tmp_path)
-    small = ["--model", "cnn", "--width", "4", "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--data", ".", "--norm"]
+    small = ["--model", "cnn", "--width", "4", "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--data", ".",
+             "--norm"]
     logs = []
     for dataset in ("cifar100", "tree"):
         assert train.main(["--dataset", dataset, *small, "--out", f"run-{dataset}"]) == 0

@@ -67,7 +67,7 @@ def test_counts_by_hand(classes, w, kind):
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("size, channels", [(32, 3), (28, 1), (17, 3)])
 def test_shapes(name, size, channels):
-    model = models.MODELS[name](13, "batch", width=4, **({"channels": channels, "size": size}))
+    model = models.MODELS[name](13, "batch", width=4, channels=channels, size=size)
     assert model(torch.randn(2, channels, size, size)).shape == (2, 13)
 
 
@@ -129,7 +129,8 @@ def test_backprop_learns_a_batch_by_heart(name, kind):
 def test_the_initialisation_can_be_chosen(name, kind):
     def weights(init):
         torch.manual_seed(0)
-        return [m for m in models.MODELS[name](norm=kind, width=16, init=init).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        model = models.MODELS[name](norm=kind, width=16, init=init)
+        return [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
     for he, default in zip(weights("he")[:-1], weights("torch")[:-1]):          # the classifier is always torch's
         fan_in = he.weight[0].numel()

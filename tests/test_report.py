@@ -84,7 +84,7 @@ def test_the_quick_table_and_picture(tmp_path):
     assert rows[3] == ["FA", "60.0 ± 14.1", "2", "15, 25"] and rows[2] == ["backprop", "not measured", "0", "–"]
     lines = [line("backprop", 0.9), line("FA", None, error=(math.nan, 3.0)), line("FA + Muon + norm", 0.8)]
     lines[1]["rank"][-1]["layers"]["layer 0"]["error"] = None
-    report.draw_quick(tmp_path / "picture.png", experiment, [x for x in lines])
+    report.draw_quick(tmp_path / "picture.png", experiment, lines)
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -57,7 +57,7 @@ def test_end_to_end_with_real_runs(tiny, capsys):
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     readme = (tiny / "README.md").read_text()
     assert readme.startswith("before\n<!-- tiny -->\n|  | test ") and readme.endswith("<!-- end -->\nafter\n")
-    assert f"| FA | {100 * next(l for l in lines if l['label'] == 'FA')['final_test_accuracy']:.1f} | 1 | 1.5 | " in readme
+    assert f"| FA | {100 * next(x for x in lines if x['label'] == 'FA')['final_test_accuracy']:.1f} | 1 | 1.5 | " in readme
     assert "2 of 2 runs" not in capsys.readouterr().out
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0
     assert "2 of 2 runs are in results/tiny.jsonl already" in capsys.readouterr().out
@@ -71,8 +71,8 @@ def test_recorded_ranks_become_columns_and_a_picture(tiny, monkeypatch, capsys):
     assert [record["epoch"] for record in line["rank"]] == [0, 1]
     last = line["rank"][-1]["layers"]
     wanted = ", ".join(f"{last[f'layers.{i}']['gradient']['effective_rank']:.0f}" for i in range(4))
-    assert f" | {wanted} | " in (tiny / "README.md").read_text() and "| error δ | gradient | update | trajectory | cosine |" in \
-        capsys.readouterr().out
+    assert f" | {wanted} | " in (tiny / "README.md").read_text()
+    assert "| error δ | gradient | update | trajectory | cosine |" in capsys.readouterr().out
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     last["layers.1"]["gradient"] = None                         # an overflow
     line["rank"][-1]["trajectory"]["all layers"] = None
@@ -150,7 +150,7 @@ def test_a_result_from_another_machine_counts(tiny, monkeypatch):
     assert reproduce.main(["tiny"]) == 0
     path = tiny / "results" / "tiny.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:                                          # run on a GPU, by a train.py without --depth, under another label
+    for line in lines:                                      # run on a GPU, by a train.py without --depth, under another label
         line["args"].update(amp=True, device="cuda")
         del line["args"]["depth"]
         line["label"] = "old name"
@@ -171,7 +171,8 @@ def test_the_table(tiny, monkeypatch):
 
 
 def test_a_grid_of_learning_rates(tiny, monkeypatch):
-    experiment = reproduce.Experiment("no claim", TINY, {"FA": "--rule fa --lr {}", "FA + Muon": "--rule fa --muon --muon-lr {}"},
+    experiment = reproduce.Experiment("no claim", TINY,
+                                      {"FA": "--rule fa --lr {}", "FA + Muon": "--rule fa --muon --muon-lr {}"},
                                       {"0.1": "0.1", "0.2": "0.2"}, "learning rate", "sweep")
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
     calls = counted(monkeypatch)

@@ -49,7 +49,8 @@ def gradients(model, x, labels):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all((a[k] is None) == (b[k] is None) and (a[k] is None or torch.equal(a[k], b[k])) for k in a)
+    return a.keys() == b.keys() and all(b[k] is None if a[k] is None else b[k] is not None and torch.equal(a[k], b[k])
+                                        for k in a)
 
 
 def angle(a, b):
@@ -124,10 +125,10 @@ def test_true_path_is_cut(rule):
     for layer in before:
         if before[layer] is None:
             continue
-        expect(torch.equal(before[layer], after[layer]), f"the error below {layer} changed when only its weight W did: backward "
-               "reads layer.weight; expected feedback weights of its own, or uses_weight = True in the class")
-        expect(angle(before[layer], true[layer]) > 10, f"the error below {layer} is backprop's own from the start: the feedback "
-               "is a copy of W; expected random feedback, or uses_weight = True in the class")
+        expect(torch.equal(before[layer], after[layer]), f"the error below {layer} changed when only its weight W did: "
+               "backward reads layer.weight; expected feedback weights of its own, or uses_weight = True in the class")
+        expect(angle(before[layer], true[layer]) > 10, f"the error below {layer} is backprop's own from the start: the "
+               "feedback is a copy of W; expected random feedback, or uses_weight = True in the class")
 
 
 def test_feedback_is_saved(rule):
@@ -138,8 +139,9 @@ def test_feedback_is_saved(rule):
     fresh, *_ = attached(rule, seed=1)
     fresh.load_state_dict(model.state_dict())
     torch.manual_seed(1)
-    expect(same(gradients(fresh, x, labels), expected), "a fresh model with the saved state_dict has other gradients: something "
-           "that backward uses is not a buffer or parameter of its layer; make it in prepare with layer.register_buffer")
+    expect(same(gradients(fresh, x, labels), expected), "a fresh model with the saved state_dict has other gradients: "
+           "something that backward uses is not a buffer or parameter of its layer; make it in prepare with "
+           "layer.register_buffer")
 
 
 def test_deterministic(rule):
@@ -149,7 +151,8 @@ def test_deterministic(rule):
         model, x, labels, handle = attached(rule)
         torch.manual_seed(1)
         results.append(gradients(model, x, labels))
-    expect(same(*results), "two models with the same seed have different gradients; draw with self.draw(layer) or self.generator")
+    expect(same(*results), "two models with the same seed have different gradients; draw with self.draw(layer) or "
+           "self.generator")
 
 
 def test_copies(rule):
@@ -197,8 +200,8 @@ def test_like(rule, request):
     missing = sorted(wanted.keys() - got.keys())
     expect(not missing, f"{', '.join(missing)}: no parameters of the model, so no optimiser updates them")
     for name, parameter in wanted.items():
-        expect(torch.allclose(got[name], parameter, rtol=1e-6, atol=1e-9), f"after 5 steps {name} differs from what it is under "
-               f"{like}, by {((got[name] - parameter).norm() / parameter.norm()).item():.2g} of its norm")
+        expect(torch.allclose(got[name], parameter, rtol=1e-6, atol=1e-9), f"after 5 steps {name} differs from what it is "
+               f"under {like}, by {((got[name] - parameter).norm() / parameter.norm()).item():.2g} of its norm")
 
 
 def accuracy_on_gratings(rule):

@@ -149,7 +149,8 @@ def test_reproduce_puts_it_beside_feedback_alignment(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rule.py").write_text(SIGNS)
     calls = counted(monkeypatch)
-    experiment = reproduce.Experiment("a claim", "", {"backprop": "--rule bp", "FA": "--rule fa", "FA + norm": "--rule fa --norm"})
+    experiment = reproduce.Experiment("a claim", "",
+                                      {"backprop": "--rule bp", "FA": "--rule fa", "FA + norm": "--rule fa --norm"})
     monkeypatch.setattr(reproduce, "EXPERIMENTS",
                         {"tiny": experiment, "none": experiment._replace(cells={"backprop": "--rule bp"})})
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
@@ -179,7 +180,8 @@ def test_the_graders_report(tmp_path):
                          "broken": "import fa\nnonsense ("}.items():
         (tmp_path / f"{name}.py").write_text(source)
     done = subprocess.run([sys.executable, "-m", "pytest", ROOT / "tests" / "test_rule_contract.py", "-k", "not learns", "-p",
-                           "no:cacheprovider", "--rule", f"{tmp_path}/*.py:MyRule"], cwd=tmp_path, capture_output=True, text=True)
+                           "no:cacheprovider", "--rule", f"{tmp_path}/*.py:MyRule"],
+                          cwd=tmp_path, capture_output=True, text=True)
     report = done.stdout
     assert done.returncode == 1 and "Traceback" not in report and "def test" not in report
     for name, score in {"good": "8 of 8", "silent": "8 of 9", "copied": "8 of 9", "forgetful": "8 of 9", "unseeded": "8 of 9",
@@ -197,7 +199,8 @@ def test_the_assignment_is_graded_against_the_reference(tmp_path):
     """As handed out, solved, and solved wrongly: fixed feedback, feedback that no optimiser sees, feedback without decay."""
     stub = (ROOT / "assignments" / "kolen_pollack.py").read_text()
     (tmp_path / "a_stub.py").write_text(stub)
-    bodies = {"b_solved": ("layer.feedback = nn.Parameter(self.draw(layer))", "layer.feedback.grad = layer.weight.grad.clone()"),
+    bodies = {"b_solved": ("layer.feedback = nn.Parameter(self.draw(layer))",
+                           "layer.feedback.grad = layer.weight.grad.clone()"),
               "c_fixed": ("super().prepare(layer)", "pass"),
               "d_still": ("layer.feedback = nn.Parameter(self.draw(layer))", "pass")}
     for name, lines in bodies.items():

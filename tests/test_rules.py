@@ -124,7 +124,8 @@ def test_sign_symmetry_has_the_signs_of_w_and_the_magnitudes_of_b():
         weight = torch.where(layer.weight > 0, layer.feedback.abs(), -layer.feedback.abs()).detach()
         assert torch.equal(weight.sign(), layer.weight.sign())
         entry = torch.zeros_like(seen[layer, "in"], requires_grad=True)
-        y = F.linear(entry, weight) if isinstance(layer, nn.Linear) else F.conv2d(entry, weight, None, layer.stride, layer.padding)
+        y = F.linear(entry, weight) if isinstance(layer, nn.Linear) else \
+            F.conv2d(entry, weight, None, layer.stride, layer.padding)
         (expected,) = torch.autograd.grad(y, entry, seen[layer, "out"])
         assert relative(seen[layer, "in"], expected) < 1e-12
 

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import data
+import options
 import train
 
 REAL_GRATINGS = data.gratings
@@ -221,7 +222,7 @@ def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
 @pytest.mark.parametrize("step", [3, 8])
 @pytest.mark.parametrize("where", ["loss", "gradient", "update"])
 def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, monkeypatch, capsys):
-    """Infinity put into one place at one step: a gradient of layers.2, and so of nothing above it, or a weight by its update."""
+    """Infinity put into one place at one step: a gradient of layers.2, and of nothing above it, or a weight by its update."""
     real = train.Trainer.descend
     calls = []
 
@@ -348,5 +349,5 @@ def test_help_explains_every_flag(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0
-    for action in train.parser()._actions:
+    for action in options.parser()._actions:
         assert action.help and action.option_strings[0] in text
