@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -115,9 +116,10 @@ class Rule:
                 block's shortcut is exact, so the gain weighs the branch against it
     orthogonal  B at each kernel position is made orthogonal, of the norm drawn, so that it favours no direction
     uses_weight (of the class) its backward reads layer.weight, and so transports weights, in whole or in part
+    learns      (of the class) its feedback weights change in training
     """
 
-    uses_weight = False
+    uses_weight = learns = False
 
     def __init__(self, seed: int = 0, gain: float = 1.0, orthogonal: bool = False):
         # W is usually drawn after torch.manual_seed(seed). Another stream keeps B independent of it.
@@ -233,6 +235,8 @@ class KolenPollack(FA):
     B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W.
     """
 
+    learns = True
+
     def prepare(self, layer: Layer) -> None:
         layer.feedback = nn.Parameter(self.draw(layer))
 
@@ -313,7 +317,7 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: list[nn.Module]):
-        self.rule, self.layers, self._stem = rule, layers, stem
+        self.rule, self.layers, self._model, self._stem = rule, layers, model, stem
         # An in-place activation would overwrite a hooked layer's output, which torch forbids.
         self._in_place = [m for m in model.modules() if layers and getattr(m, "inplace", False) is True]
         for module in self._in_place:
@@ -324,13 +328,32 @@ class Attachment:
             before = {*layer._buffers, *layer._parameters}
             rule.prepare(layer)
             self._made[name] = {*layer._buffers, *layer._parameters} - before
-            layer.rule = rule
+            layer.rule, layer.unreplaced = rule, 0      # placeholders that wait for their hook
         self._connect()
 
     def before_step(self) -> None:
-        """Call after the backward pass and before the optimiser's step."""
+        """Call after the backward pass and before the optimiser's step.
+
+        Raises HookError if the rule did not carry the error through one of its layers, whatever the reason.
+        """
+        for name, layer in self.layers.items():
+            wrong = ("its hook did not run in this backward pass" if layer.unreplaced else
+                     "its forward was replaced" if getattr(layer.forward, "__func__", None) is not _cut_forward else
+                     "the model has another layer in its place" if self._model.get_submodule(name) is not layer else None)
+            if wrong:
+                raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: {wrong}; attach "
+                                "the rule when the model is complete, and change nothing of its layers until remove()")
         for layer in self.layers.values():
             self.rule.before_step(layer)
+
+    def digest(self) -> str:
+        """Hexadecimal, of all feedback weights: the same in the end as in the beginning, unless the rule `learns`."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, layer in self.layers.items():
+            for made in sorted(self._made[name]):
+                digest.update(f"{name}.{made}".encode())
+                digest.update(getattr(layer, made).detach().cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -348,7 +371,7 @@ class Attachment:
         for name, layer in self.layers.items():
             for made in self._made[name]:
                 delattr(layer, made)
-            del layer.rule
+            del layer.rule, layer.unreplaced
         for module in self._in_place:
             module.inplace = True
         self.layers, self._stem, self._made, self._in_place, self._hooks = {}, [], {}, [], []
@@ -375,16 +398,17 @@ class _Tie(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = x.shape, x.dtype
+    def forward(ctx, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.layer = x.shape, x.dtype, layer
         ctx.set_materialize_grads(False)                # no error stays no error, instead of zeros
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, error: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, error: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         if error is None:
-            return None, None
-        return error.new_full((), float("nan"), dtype=ctx.dtype).expand(ctx.shape), error
+            return None, None, None
+        ctx.layer.unreplaced += 1
+        return error.new_full((), float("nan"), dtype=ctx.dtype).expand(ctx.shape), error, None
 
 
 UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled code may ignore "
@@ -400,7 +424,7 @@ def _cut_forward(layer: Layer, input: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         _refuse_to_compile()
     output = type(layer).forward(layer, input.detach())
-    return _Tie.apply(input, output) if input.requires_grad and torch.is_grad_enabled() else output
+    return _Tie.apply(input, output, layer) if input.requires_grad and torch.is_grad_enabled() else output
 
 
 def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple | None:
@@ -408,6 +432,7 @@ def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple
     placeholder = grad_input[0] if grad_input else None
     if placeholder is None:                             # nothing below this layer learns
         return None
+    layer.unreplaced = max(0, layer.unreplaced - 1)     # where no error came, autograd may hand the hook zeros, no placeholder
     error = layer.rule.backward(layer, grad_output[0], placeholder.shape)
     if error is None:
         return (None,)
@@ -416,6 +441,10 @@ def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple
             or error.dtype not in (grad_output[0].dtype, placeholder.dtype):
         raise RuleError(layer, error, placeholder, grad_output[0])
     return (error.to(placeholder.dtype),)
+
+
+class HookError(RuntimeError):
+    """An error crossed a layer on another way than by the rule."""
 
 
 class RuleError(RuntimeError):

@@ -168,6 +168,12 @@ class Recorder:
         yield
         self._updates = {name: layer.weight.detach() - before[name] for name, layer in self.layers.items()}
 
+    def state_dict(self) -> dict:
+        return {"updates": self._updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._updates = {name: update.to(self.images.device) for name, update in state["updates"].items()}
+
     def measure(self) -> dict[str, dict]:
         with undisturbed(self.model):
             self.model.train()
@@ -251,6 +257,13 @@ class Trajectory:
             self.rows[name].append(self.sketch(name, gradient, exact=True).clone())
             total = total + self.sketch(name, gradient, exact=False)
         self.rows["all layers"].append(total)
+
+    def state_dict(self) -> dict:
+        return {"rows": {name: torch.stack(rows) for name, rows in self.rows.items() if rows}}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, rows in state["rows"].items():
+            self.rows[name] = list(rows.to(next(iter(self.signs.values())).device))
 
     def ranks(self, window: int = 50) -> dict[str, dict[str, float] | None]:
         """Effective rank of each layer's rows so far, and of the last `window` of them. At most their number.

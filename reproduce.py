@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import options
 import report
 import rulefile
 import runs
@@ -302,16 +303,16 @@ def written(text: str) -> str:
 # ---- command line ----------------------------------------------------------------------------------------------
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = train.Parser(prog="reproduce.py", description="Run an experiment of the paper, as far as it is missing.",
+    p = options.Parser(prog="reproduce.py", description="Run an experiment of the paper, as far as it is missing.",
                      epilog="Experiments: " + " ".join(f"{name}: {e.claim}" for name, e in EXPERIMENTS.items()))
     p.add_argument("name", nargs="?", choices=EXPERIMENTS, help="the experiment")
-    p.add_argument("--seeds", type=train.number(int, 1), help="runs of each cell (default: the experiment's own number)")
+    p.add_argument("--seeds", type=options.number(int, 1), help="runs of each cell (default: the experiment's own number)")
     p.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="changes",
                    help="arguments of train.py that replace the experiment's, such as epochs=10 width=16")
-    p.add_argument("--rule", type=train.rule, metavar="RULE",
+    p.add_argument("--rule", type=options.rule, metavar="RULE",
                    help="another rule beside feedback alignment, such as dfa or my_rule.py:MyRule; what results/ has already "
                         "is not run again, and all goes to --out (default there: mine)")
-    p.add_argument("--jobs", type=train.number(int, 1), default=1,
+    p.add_argument("--jobs", type=options.number(int, 1), default=1,
                    help="runs at a time, sharing the cores, and the GPUs if there are several (default: 1)")
     p.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
     p.add_argument("--device", default="auto", help="as for train.py (default: auto)")

@@ -20,6 +20,7 @@ the next one pays for it page by page; in a step with large batches a quarter of
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 
 import torch
@@ -29,12 +30,15 @@ Step = Callable[[Tensor], tuple[Tensor, ...]]
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1                           # of glibc's malloc.h
 
 
-def prepare(device: torch.device) -> None:
-    """Once, before training. Results do not change, but for the choice of convolution algorithms on a GPU."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True                   # shapes never change: try the algorithms once, keep the fastest
-    else:
+def prepare(device: torch.device, deterministic: bool = False) -> None:
+    """Once, before training. `deterministic`: on a GPU too the same bits in every run, by operations that may be slower."""
+    if device.type != "cuda":
         keep_memory()
+    elif deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")             # asked for by cuBLAS
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.backends.cudnn.benchmark = True                   # shapes never change: try the algorithms once, keep the fastest
 
 
 def keep_memory() -> bool:

@@ -13,7 +13,12 @@ This file only puts the pieces together:
 
 The learning rates fall to 0 along a cosine. The reported accuracy is that of the last epoch, never of the best one.
 
-Exit status: 0 done, 2 wrong input (one line says what), 3 the loss became infinite or NaN, 130 interrupted.
+A run that was stopped, whatever stopped it, goes on exactly where it was:
+
+    python train.py --resume runs/fa-muon-batch-cifar100-resnet18-s0
+
+Exit status: 0 done, 2 wrong input or a disk that is full (one line says what), 3 a number became infinite or NaN, 130 stopped
+by Ctrl-C, 143 by SIGTERM.
 """
 from __future__ import annotations
 
@@ -23,10 +28,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -38,192 +42,14 @@ import fa
 import intervene
 import models
 import muon
-import norm
 import parallel
 import rank
 import rulefile
 import runs
 import speed
+from options import VERSION, fixed, parse, settings
 
-VERSION = 1                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in
 DIVERGED = 3                    # exit status
-# By data set: the paper's network for it, and what is trained when nothing else is asked for.
-RECIPES = {"gratings": {"model": "cnn", "width": 16, "epochs": 12, "batch_size": 64},
-           "cifar10": {"model": "cnn", "width": 32, "epochs": 50, "batch_size": 128},
-           "cifar100": {"model": "resnet18", "width": 64, "epochs": 100, "batch_size": 128}}
-WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64, "resnet34": 64, "vgg11": 64}    # of a network that is not the recipe's
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")               # one line; the usage is behind --help
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least `low` (or above it) and at most `high`."""
-    wanted = f"{'an integer' if kind is int else 'a finite number'} {'above' if above else 'of at least'} {low}"
-    wanted += f" and at most {high}" if high < math.inf else ""
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-        return value
-    return convert
-
-
-def rule(text: str) -> str:
-    """An argparse type: a rule that can be loaded."""
-    try:
-        rulefile.load(text)
-    except rulefile.RuleFileError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
-    return text
-
-
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="train.py", description="Train one network by one learning rule.",
-               epilog="The run folder holds config.json, log.jsonl, checkpoint.pt and curves.png.")
-    g = p.add_argument_group("the experiment")
-    g.add_argument("--rule", type=rule, default="fa", metavar="RULE",
-                   help=f"how the error crosses a layer: {', '.join(fa.RULES)} (see fa.py; bp is backprop), or a class of "
-                        "your own, my_rule.py:MyRule (default: fa)")
-    g.add_argument("--muon", action="store_true",
-                   help="orthogonalise the updates of hidden weights (default: Nesterov SGD for all weights)")
-    g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
-                   help="normalise hidden activity; --norm alone is batch, the paper's (default: no normalisation at all)")
-    g.add_argument("--dataset", default="gratings", metavar="DATA",
-                   help=f"what to learn: {', '.join(data.NAMES)}, or a folder with train/ and test/ (or val/) and there a "
-                        "folder of images for each class (default: gratings, which is generated and needs no download)")
-    g.add_argument("--image-size", type=number(int, 8), metavar="PIXELS",
-                   help="resize the images of a folder to this (default: 32)")
-    g.add_argument("--model", choices=models.MODELS,
-                   help="the network (default: the paper's, resnet18 for cifar100 and the 4-layer cnn otherwise)")
-    g.add_argument("--width", type=number(int, 1),
-                   help="channels of the first layer, units of the mlp (default: 64, 32 cnn, 512 mlp; 16 for the cnn on "
-                        "gratings, for speed)")
-    g.add_argument("--depth", type=number(int, 1),
-                   help="hidden layers of the cnn or mlp (default: 4, the paper's; the others have their own)")
-    g.add_argument("--init", choices=models.INITS,
-                   help="initialisation of forward and feedback weights (default: he without --norm, torch with it; see "
-                        "models.py)")
-    g.add_argument("--feedback-gain", type=number(float, 0, above=True),
-                   help="draw the feedback weights so many times larger (default: 1, like the forward weights)")
-    g.add_argument("--feedback-orthogonal", action="store_true",
-                   help="make the feedback weights orthogonal, of the same norm (default: as they are drawn)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, 1),
-                   help="passes over the training images (default: 12 gratings, 50 cifar10, 100 cifar100)")
-    g.add_argument("--batch-size", type=number(int, 1),
-                   help="images a step (default: 128; 64 for gratings, which are few)")
-    g.add_argument("--lr", type=number(float, 0, above=True),
-                   help="first learning rate of Nesterov SGD (default: 0.05 with --norm, 0.02 without, which diverges sooner)")
-    g.add_argument("--muon-lr", type=number(float, 0, above=True),
-                   help="first learning rate of Muon (default: 0.05 with --norm, 0.01 without, which diverges sooner)")
-    g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
-                   help="of both optimisers (default: 0.0005, usual for CIFAR)")
-    g.add_argument("--muon-weight-decay", type=number(float, 0),
-                   help="of Muon alone (default: that of both; Muon's steps do not shrink with the gradient)")
-    intervention = g.add_mutually_exclusive_group()
-    intervention.add_argument("--cut", type=number(int, 1), metavar="R",
-                              help="keep the R largest singular values of every hidden update, norm kept (default: all)")
-    intervention.add_argument("--flatten", action="store_true",
-                              help="make the singular values of every hidden update equal, norm kept (default: as they are)")
-    g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
-                   help="of weights, feedback, order and augmentation (default: 0)")
-    g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
-                   help="record ranks and alignments after every so many epochs, into rank.jsonl (default: never; --rank "
-                        "alone: every epoch)")
-    add_machine(p)
-    return p
-
-
-def add_machine(p: argparse.ArgumentParser) -> None:
-    """Flags that say on what and where to train, and nothing of how."""
-    g = p.add_argument_group("data and machine")
-    g.add_argument("--subset", type=number(int, 1), metavar="N",
-                   help="train on the first N images only; the test set stays whole (default: all)")
-    g.add_argument("--validate", type=number(int, 1), metavar="N",
-                   help="hold out the last N training images and measure on them instead of the test set, to choose "
-                        "hyperparameters (default: the test set)")
-    g.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
-    g.add_argument("--out", metavar="DIR",
-                   help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
-    g.add_argument("--device", default="auto",
-                   help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
-    g.add_argument("--graph", action=argparse.BooleanOptionalAction,
-                   help="record the training step as a CUDA graph and replay it (default: on a GPU, where it is faster, if the "
-                        "step is the same every time: one process, a rule of fa.py, no --cut or --flatten)")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction,
-                   help="bf16 in forward and backward, float32 for weights (default: on a GPU, where it is faster)")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = parser()
-    args = p.parse_args(argv)
-    for flag in ("muon_lr", "muon_weight_decay"):
-        if getattr(args, flag) is not None and not args.muon:
-            p.error(f"--{flag.replace('_', '-')} has no effect without --muon: add --muon or leave it out")
-    for flag in ("feedback_gain", "feedback_orthogonal"):
-        if getattr(args, flag) and args.rule in ("bp", "frozen"):
-            p.error(f"--{flag.replace('_', '-')} has no effect with --rule {args.rule}, which has no feedback weights")
-    args.rule_digest = rulefile.digest(args.rule)
-    recipe = RECIPES.get(args.dataset, RECIPES["cifar100"])         # a folder of images is treated like CIFAR-100
-    if args.dataset not in data.NAMES and not Path(args.dataset).is_dir():
-        p.error(f"--dataset {args.dataset}: choose from {', '.join(data.NAMES)}, or a folder of images, which this is not")
-    if args.image_size and args.dataset in data.NAMES:
-        p.error(f"--image-size has no effect on {args.dataset}, whose images are 32 pixels wide")
-    args.model = args.model or recipe["model"]
-    args.width = args.width or (recipe["width"] if args.model == recipe["model"] else WIDTHS[args.model])
-    if args.depth and args.model not in ("cnn", "mlp"):
-        p.error(f"--depth has no effect on {args.model}: choose --model cnn or mlp, or leave it out")
-    for flag in ("cut", "flatten"):
-        if getattr(args, flag) and args.model == "mlp" and args.depth == 1:
-            p.error(f"--{flag} has no effect on an mlp of depth 1, which has no hidden weights beside stem and classifier")
-    args.epochs = args.epochs or recipe["epochs"]
-    args.batch_size = args.batch_size or recipe["batch_size"]
-    args.lr = args.lr or (0.05 if args.norm else 0.02)
-    if args.muon:
-        args.muon_lr = args.muon_lr or (0.05 if args.norm else 0.01)
-    if args.norm in ("batch", "whiten") and args.batch_size < 2:
-        p.error(f"--norm {args.norm} compares images with each other and needs a --batch-size of at least 2")
-    args.device, args.device_reason = choose_device(p, args.device)
-    if args.graph and args.device.type != "cuda":
-        p.error("--graph records CUDA kernels and needs a GPU")
-    changing = next((flag for flag, asked in {
-        "--cut": args.cut, "--flatten": args.flatten, "several processes": parallel.asked(),
-        f"--rule {args.rule}": args.rule not in fa.RULES}.items() if asked), None)
-    if args.graph and changing:
-        p.error(f"--graph cannot be combined with {changing}: its Python may do something else in every step")
-    if args.graph is None:
-        args.graph = args.device.type == "cuda" and not changing
-    args.amp_reason = "as asked"
-    if args.amp is None:
-        args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        args.amp_reason = f"default on a {'GPU' if args.device.type == 'cuda' else 'CPU'}"
-    return args
-
-
-def choose_device(p: argparse.ArgumentParser, name: str) -> tuple[torch.device, str]:
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return (torch.device("cuda"), "a GPU was found") if available else (torch.device("cpu"), "no GPU was found")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        p.error(f"--device {name}: choose cpu, cuda or cuda:N")
-    if device.type == "cuda" and not available:
-        p.error(f"--device {name}: torch {torch.__version__} finds no GPU here; leave --device out to use the CPU")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        p.error(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-    return device, "as asked"
 
 
 # ---- one epoch -------------------------------------------------------------------------------------------------
@@ -238,6 +64,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset):
         self.args = args
+        self.data_digest = getattr(data, "digest", lambda d: "")(dataset)  # TEMPORARY
         device = args.device
         self.train_images, self.train_labels = (t[:args.subset].to(device) for t in dataset[:2])
         share = slice(parallel.rank(), None, parallel.size())                   # of several processes each tests a part
@@ -274,8 +101,10 @@ class Trainer:
             decay = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
             divide = parallel.size() > 1
             self.optimisers.insert(0, (muon.Muon(hidden, rate(args.muon_lr), weight_decay=decay, divide=divide), args.muon_lr))
+        each_in_one(self.model, [optimiser for optimiser, _ in self.optimisers])
         self.repeat = speed.Graphed(self.descend, self.generator) if args.graph else self.descend
         self.step = 0
+        self.begun: dict | None = None                                          # an epoch that was interrupted
         self.steps_per_epoch = data.steps(len(self.train_images), args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.recorder = self.trajectory = None
@@ -297,8 +126,8 @@ class Trainer:
             F.cross_entropy(self.model(self.normalise(self.train_images[:2])), self.train_labels[:2]).backward()
             return {name for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def update(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on the chosen training images; returns its loss and how many were classified right, on the device."""
+    def update(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step on the chosen training images: loss, how many were classified right, `largest()`; all on the device."""
         factor = (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
         for optimiser, lr in self.optimisers:
             for group in optimiser.param_groups:
@@ -313,7 +142,7 @@ class Trainer:
         self.step += 1
         return result
 
-    def descend(self, chosen: Tensor, watch_update: bool = False, add_row: bool = False) -> tuple[Tensor, Tensor]:
+    def descend(self, chosen: Tensor, watch_update: bool = False, add_row: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The part of a step that is the same every time."""
         images, labels = data.batch(self.train_images, self.train_labels, chosen, self.generator, self.flip,
                                     (parallel.rank(), parallel.size()))
@@ -327,26 +156,56 @@ class Trainer:
         with self.recorder.watch_update() if watch_update else contextlib.nullcontext(), self.intervention():
             for optimiser, _ in self.optimisers:
                 optimiser.step()
-        return loss.detach(), (logits.argmax(1) == labels).sum()
+        return loss.detach(), (logits.argmax(1) == labels).sum(), self.largest(loss)
 
-    def epoch(self, label: str) -> dict:
-        """Train for one epoch; returns the log line without its test accuracy. A loss or weight not finite ends it early."""
-        def diverged(step: int) -> dict:
-            return {"diverged": True, "step": step, "train_loss": None, "train_accuracy": None}
+    @torch.no_grad()
+    def largest(self, loss: Tensor) -> Tensor:
+        """The loss, and the largest absolute value of each gradient and each weight: not finite where one of them is not."""
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        return torch.stack([loss, *torch._foreach_norm([p.grad for p in trained] + trained, math.inf)])
 
+    def culprit(self, largest: Tensor) -> str:
+        """What was not finite first. An error goes from the last layer to the first, so it is the last of the gradients."""
+        trained = [name for name, p in self.model.named_parameters() if p.grad is not None]
+        loss, gradients, weights = largest.isfinite().tensor_split([1, 1 + len(trained)])
+        if not loss:
+            return "the loss"
+        of, finite = ("gradient", gradients) if not gradients.all() else ("update", weights)
+        return f"the {of} of {[name for name, good in zip(trained, finite.tolist()) if not good][-1]}"
+
+    def epoch(self, label: str, interruption: runs.Interruption | None = None) -> dict | None:
+        """Train for one epoch, or for the rest of one; returns the log line without its test accuracy, or None if interrupted.
+
+        The first number that is not finite ends it.
+        """
         self.model.train()
-        losses, right, seen = [], 0, 0
-        steps = data.indices(len(self.train_images), self.args.batch_size, self.generator)
-        for chosen in tqdm(steps, label, self.steps_per_epoch, leave=False, disable=parallel.rank() > 0 or None, unit="step"):
-            loss, correct = self.update(chosen)
+        begun = self.begun or {"order": self.generator.get_state(), "losses": [], "right": 0, "seen": 0}
+        now = self.generator.get_state()
+        if self.begun:                                                          # the same order again, of which a part is done
+            self.generator.set_state(begun["order"])
+        steps = list(data.indices(len(self.train_images), self.args.batch_size, self.generator))
+        if self.begun:
+            self.generator.set_state(now)
+        losses, right, seen, largest = list(begun["losses"]), begun["right"], begun["seen"], []
+        often = 20 if self.args.device.type == "cuda" else 1                    # reading a number makes a GPU wait
+        self.begun = None
+        for chosen in tqdm(steps[len(losses):], label, len(steps), initial=len(losses), leave=False, unit="step",
+                           disable=parallel.rank() > 0 or None):
+            loss, correct, sizes = self.update(chosen)
             losses.append(loss)
+            largest.append(sizes)
             right, seen = right + correct, seen + len(chosen)
-            if len(losses) % 20 == 0 or len(losses) == self.steps_per_epoch:    # reading a loss makes a GPU wait
-                finite = parallel.mean(torch.stack(losses)).isfinite()
+            stop = bool(interruption and interruption.status)
+            if len(largest) == often or len(losses) == len(steps) or stop:
+                finite = parallel.mean(torch.stack(largest)).isfinite().all(1)
                 if not finite.all():
-                    return diverged(self.step - len(losses) + int(finite.int().argmin()) + 1)
-        if not all(p.isfinite().all() for p in self.model.parameters()):        # the last update's, which no loss has seen yet
-            return diverged(self.step)
+                    first = int(finite.int().argmin())
+                    return {"diverged": True, "step": self.step - len(largest) + first + 1, "train_loss": None,
+                            "train_accuracy": None, "not_finite": self.culprit(parallel.mean(largest[first]))}
+                largest = []
+            if stop and len(losses) < len(steps):
+                self.begun = {"order": begun["order"], "losses": torch.stack(losses), "right": right, "seen": seen}
+                return None
         return {"diverged": False, "step": self.step, "train_loss": parallel.mean(torch.stack(losses)).mean().item(),
                 "train_accuracy": parallel.total(right).item() / seen}
 
@@ -367,9 +226,46 @@ class Trainer:
                 "seconds": round(time.perf_counter() - start, 3)}
 
     def state(self) -> dict:
-        """Everything that the next epoch depends on."""
+        """Everything that the rest of the training depends on."""
         return {"model": self.model.state_dict(), "optimisers": [o.state_dict() for o, _ in self.optimisers],
-                "step": self.step, "generator": self.generator.get_state()}
+                "step": self.step, "begun": self.begun, "generator": self.generator.get_state(),
+                "rule_generator": self.handle.rule.generator.get_state(), "torch_generator": torch.get_rng_state(),
+                "recorder": self.recorder and self.recorder.state_dict(),
+                "trajectory": self.trajectory and self.trajectory.state_dict()}
+
+    def load(self, state: dict, same_device: bool = True) -> None:
+        """The way back. Raises RuntimeError, ValueError or KeyError for the state of another network.
+
+        On another kind of device than before the generator cannot go on; it is seeded anew.
+        """
+        device = self.args.device
+        self.model.load_state_dict(state["model"])
+        for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
+            rates = [group["lr"] for group in optimiser.param_groups]           # the tensors that a CUDA graph reads
+            optimiser.load_state_dict(saved)
+            for group, rate in zip(optimiser.param_groups, rates):
+                group["lr"] = rate
+        self.step, self.begun = state["step"], state["begun"]
+        if self.begun:
+            self.begun = {key: value.to(device) if isinstance(value, Tensor) and key != "order" else value
+                          for key, value in self.begun.items()}
+        if same_device:
+            self.generator.set_state(state["generator"])
+        else:
+            self.generator.manual_seed(self.args.seed + self.step)
+        self.handle.rule.generator.set_state(state["rule_generator"])
+        torch.set_rng_state(state["torch_generator"])
+        if self.recorder:
+            self.recorder.load_state_dict(state["recorder"])
+            self.trajectory.load_state_dict(state["trajectory"])
+
+
+def each_in_one(model: torch.nn.Module, optimisers: list[torch.optim.Optimizer]) -> None:
+    """Raise RuntimeError unless each parameter is in exactly one optimiser: in two it would move twice, in none not at all."""
+    owned = Counter(p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"])
+    wrong = [name for name, p in model.named_parameters() if owned[p] != 1]
+    if wrong:
+        raise RuntimeError(f"not in exactly one optimiser: {', '.join(wrong)}")
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------
@@ -401,54 +297,166 @@ def span(seconds: float) -> str:
     return f"{minutes // 60}h {minutes % 60:02}m" if minutes >= 60 else f"{minutes}m {seconds:02}s"
 
 
-def train(args: argparse.Namespace, trainer: Trainer, folder: Path | None) -> int:
-    """Run all epochs, writing the folder as they end; None in the processes that do not write. Returns the exit status."""
-    settings = {key: str(value) if key == "device" else value for key, value in vars(args).items()}
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    if folder:
-        runs.write_json(folder / "config.json", {"args": settings, "version": VERSION, "device": device,
-                                                 "processes": parallel.size(), **runs.provenance()})
+class Log:
+    """What a run has to say: printed, and written into its folder; in the processes that do not speak, nothing at all."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path | None):
+        self.args, self.folder = args, folder
+        self.lines: list[dict] = []
+        self.ranks: list[dict] = []
+        self.spent = 0.0                                                        # seconds of an epoch that was interrupted
+        self.feedback: str | None = None                                        # digest of the feedback weights
+        self.title = f"{title(args)} · {args.model} · {args.dataset} · seed {args.seed}"
+
+    def say(self, text: str) -> None:
+        if self.folder:
+            print(text, flush=True)
+
+    def rank(self, line: dict) -> None:
+        self.ranks.append(line)
+        if self.folder:
+            runs.write_log(self.folder / "rank.jsonl", self.ranks)
+
+    def epoch(self, line: dict) -> None:
+        self.lines.append(line)
+        self.spent = 0.0
+        if self.folder:
+            runs.write_log(self.folder / "log.jsonl", self.lines)
+
+    def checkpoint(self, trainer: Trainer) -> None:
+        """After an epoch, or within one. Raises RuleFileError if the rule changed its feedback weights and does not say so."""
+        now = trainer.handle.digest()
+        if self.feedback not in (None, now) and not trainer.handle.rule.learns:
+            raise rulefile.RuleFileError(f"{self.args.rule}: the feedback weights have changed since the run began; expected a "
+                                         "rule that leaves them alone, or says learns = True")
+        self.feedback = now
+        if self.folder:
+            runs.write_checkpoint(self.folder, {
+                "identity": identity(self.args, trainer), "device": self.args.device.type, "log": self.lines,
+                "ranks": self.ranks, "spent": self.spent, "feedback": now, **trainer.state()})
+
+    def load(self, state: dict, trainer: Trainer) -> None:
+        """Go on from a checkpoint. Raises RunError, saying what differs, if it is not one of this run."""
+        ours, theirs = identity(self.args, trainer), state.get("identity", {})
+        other = [f"{key} {theirs.get(key)} and not {value}" for key, value in ours.items() if theirs.get(key) != value]
+        if other:
+            raise runs.RunError(f"the checkpoint is not this run's; it was made with {', '.join(other)}")
+        if state["begun"] and state["device"] != self.args.device.type:
+            raise runs.RunError(f"the run was stopped within an epoch on a {state['device']} device, and can go on within it "
+                                f"only on such a device, not on {self.args.device.type}")
+        try:
+            trainer.load(state, same_device=state["device"] == self.args.device.type)
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise runs.RunError(f"the checkpoint does not fit the network: {' '.join(str(e).split())[:300]}") from e
+        self.lines, self.ranks, self.spent, self.feedback = state["log"], state["ranks"], state["spent"], state["feedback"]
+        if not trainer.handle.rule.learns and trainer.handle.digest() != self.feedback:
+            raise runs.RunError("the checkpoint's feedback weights are not those that the run began with")
+
+
+def identity(args: argparse.Namespace, trainer: Trainer) -> dict:
+    """What a checkpoint must have in common with the run that goes on from it."""
+    flags = {f"--{key.replace('_', '-')}": getattr(args, key) for key in fixed()}
+    return {"version": VERSION, "data": trainer.data_digest, **flags}
+
+
+def train(args: argparse.Namespace, trainer: Trainer, log: Log) -> int:
+    """Run all epochs that are left, writing the folder as they end. Returns the exit status."""
+    first, began = len(log.lines), time.perf_counter()
+    if first >= args.epochs:                                                    # resumed, and there was nothing left to do
+        return end(log, began)
+    if args.rank and not log.ranks:
+        log.rank({"epoch": 0, **trainer.record()})
     measured = "held-out" if args.validate else "test"
-    log: list[dict] = []
-    ranks: list[dict] = []
+    # Of several processes each would stop after another step, and the others wait for it: there a signal is obeyed at once.
+    with runs.Interruption(listen=parallel.size() == 1) as interruption:
+        for epoch in range(first + 1, args.epochs + 1):
+            start = time.perf_counter() - log.spent
+            line = trainer.epoch(f"epoch {epoch}/{args.epochs}", interruption)
+            log.spent = time.perf_counter() - start
+            if line is None:
+                log.checkpoint(trainer)
+                return stopped(trainer, log, interruption.status)
+            line = {"epoch": epoch, **line, "test_accuracy": None if line["diverged"] else trainer.test(),
+                    "seconds": round(time.perf_counter() - start, 3)}
+            log.epoch(line)
+            if line["diverged"]:
+                return end(log, began)
+            if args.rank and (epoch % args.rank == 0 or epoch == args.epochs):
+                log.rank({"epoch": epoch, **trainer.record()})
+            log.checkpoint(trainer)
+            left = (time.perf_counter() - began) / (epoch - first) * (args.epochs - epoch)
+            log.say(f"epoch {epoch:3}/{args.epochs}  loss {line['train_loss']:7.4f}  train {line['train_accuracy']:6.1%}  "
+                    f"{measured} {line['test_accuracy']:6.1%}  {line['seconds']:6.1f} s  {span(left)} left")
+            if interruption.status and epoch < args.epochs:
+                return stopped(trainer, log, interruption.status)
+    return end(log, began)
 
-    def record(epoch: int) -> None:
-        ranks.append({"epoch": epoch, **trainer.record()})
-        if folder:
-            runs.write_log(folder / "rank.jsonl", ranks)
 
-    if args.rank:
-        record(0)
-    began = time.perf_counter()
-    for epoch in range(1, args.epochs + 1):
-        start = time.perf_counter()
-        line = {"epoch": epoch, **trainer.epoch(f"epoch {epoch}/{args.epochs}")}
-        line["test_accuracy"] = None if line["diverged"] else trainer.test()
-        line["seconds"] = round(time.perf_counter() - start, 3)
-        log.append(line)
-        if folder:
-            runs.write_log(folder / "log.jsonl", log)
-        if line["diverged"]:
-            break
-        if args.rank and (epoch % args.rank == 0 or epoch == args.epochs):
-            record(epoch)
-        if not folder:
-            continue
-        state = {"epoch": epoch, "args": settings, **trainer.state()}
-        runs.write(folder / "checkpoint.pt", partial(torch.save, state))
-        left = (time.perf_counter() - began) / epoch * (args.epochs - epoch)
-        print(f"epoch {epoch:3}/{args.epochs}  loss {line['train_loss']:7.4f}  train {line['train_accuracy']:6.1%}  "
-              f"{measured} {line['test_accuracy']:6.1%}  {line['seconds']:6.1f} s  {span(left)} left", flush=True)
-    if not folder:
-        return DIVERGED if log[-1]["diverged"] else 0
-    runs.draw(folder / "curves.png", log, f"{title(args)} · {args.model} · {args.dataset} · seed {args.seed}")
-    if log[-1]["diverged"]:
-        print(f"diverged: at step {log[-1]['step']} (epoch {log[-1]['epoch']}) the loss or a weight is not finite; a lower "
-              f"--lr, --norm or --muon may help · {folder}", flush=True)
+def stopped(trainer: Trainer, log: Log, status: int) -> int:
+    print(f"stopped after step {trainer.step} of {trainer.total_steps}; go on with: python train.py --resume {log.folder}",
+          file=sys.stderr)
+    return status
+
+
+def end(log: Log, began: float) -> int:
+    """The last words and the picture. Returns the exit status."""
+    last, took = log.lines[-1], span(time.perf_counter() - began)
+    if log.folder:
+        runs.draw(log.folder / "curves.png", log.lines, log.title)
+    if last["diverged"]:
+        log.say(f"diverged: at step {last['step']} (epoch {last['epoch']}) {last['not_finite']} is not finite; a lower --lr, "
+                f"--norm or --muon may help · {log.folder}")
         return DIVERGED
-    print(f"final {measured} accuracy {log[-1]['test_accuracy']:.1%} (epoch {args.epochs}, the last) · "
-          f"{span(time.perf_counter() - began)} · {folder}", flush=True)
+    measured = "held-out" if log.args.validate else "test"
+    log.say(f"final {measured} accuracy {last['test_accuracy']:.1%} (epoch {last['epoch']}, the last) · {took} · {log.folder}")
     return 0
+
+
+def begin(args: argparse.Namespace, trainer: Trainer, held: contextlib.ExitStack) -> Log:
+    """Make the run's folder, or open the one to go on with; it is ours until `held` closes. Raises RunError."""
+    speaks = parallel.rank() == 0
+    parts = [rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm),
+             Path(args.dataset).resolve().name, args.model, f"s{args.seed}"]
+    if args.resume and speaks:
+        held.enter_context(runs.claim(args.resume))
+    state, damage = runs.read_checkpoint(args.resume) if args.resume else (None, "")
+    log = Log(args, None)
+    if state:
+        log.load(state, trainer)
+    if not speaks:
+        return log
+    log.folder = args.resume if args.resume and not args.out else runs.create(args.out, "-".join(parts))
+    if log.folder != args.resume:
+        held.enter_context(runs.claim(log.folder))
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    here = {"device": device, "processes": parallel.size(), **runs.provenance()}
+    config = {"version": VERSION, **here}
+    if args.resume:                                                             # what it began with, and each going on
+        config = runs.read_config(args.resume)
+        config["resumed"] = [*config.get("resumed", []), {"step": trainer.step, **here}]
+    runs.write_json(log.folder / "config.json", {**config, "args": settings(args)})
+    log.say(header(args, trainer))
+    if args.resume:
+        if damage and not args.out:
+            runs.drop_damaged(args.resume)
+        for news in [*[f"{damage}; going on from the one before"] * bool(damage), *changes(args, state)]:
+            log.say(news)
+        log.say(f"going on after step {trainer.step} of {trainer.total_steps}, epoch {len(log.lines)} of {args.epochs}")
+        runs.write_log(log.folder / "log.jsonl", log.lines)
+        if args.rank:
+            runs.write_log(log.folder / "rank.jsonl", log.ranks)
+    return log
+
+
+def changes(args: argparse.Namespace, state: dict | None) -> list[str]:
+    """What a resumed run has anew, and what it means."""
+    said = []
+    if args.epochs != args.saved["epochs"]:
+        said.append(f"--epochs is {args.epochs} and was {args.saved['epochs']}: from here on the learning rates follow the new "
+                    "cosine")
+    if state and state["device"] != args.device.type:
+        said.append(f"on {args.device.type}, begun on {state['device']}: from here on order and augmentation are drawn anew")
+    return said
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -483,36 +491,30 @@ def load(args: argparse.Namespace) -> data.Dataset:
 
 def run(args: argparse.Namespace) -> int:
     """From arguments to exit status, in one process; the first of several speaks for all."""
-    speaks = parallel.rank() == 0
-    speed.prepare(args.device)
+    def complain(reason: object, status: int = 2) -> int:
+        if parallel.rank() == 0:
+            print(f"train.py: {reason}", file=sys.stderr)
+        return status
+
+    speed.prepare(args.device, args.deterministic)
+    folder = args.resume
     try:
-        dataset = load(args)
-        trainer = Trainer(args, dataset)
-        parts = [rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm),
-                 Path(args.dataset).resolve().name, args.model, f"s{args.seed}"]
-        folder = runs.create(args.out, "-".join(parts)) if speaks else None
-    except (data.DataError, runs.RunError, rulefile.RuleFileError) as e:
-        if speaks:
-            print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    if speaks:
-        print(header(args, trainer), flush=True)
-    try:
-        return train(args, trainer, folder)
-    except KeyboardInterrupt:
-        if speaks:
-            print(f"\ninterrupted; finished epochs are in {folder}", file=sys.stderr)
-        return 130
+        with contextlib.ExitStack() as held:
+            trainer = Trainer(args, load(args))
+            log = begin(args, trainer, held)
+            folder = log.folder
+            return train(args, trainer, log)
+    except (data.DataError, runs.RunError, rulefile.RuleFileError, fa.HookError) as e:
+        return complain(e)
     except speed.RecordError as e:
-        print(f"train.py: {e}; add --no-graph", file=sys.stderr)
-        return 2
+        return complain(f"{e}; add --no-graph")
+    except KeyboardInterrupt:
+        return complain(f"stopped at once; finished epochs are in {folder}" if folder else "stopped before the run began", 130)
     except Exception as e:                                      # of a rule out of anybody's file, or else it goes on
         reason = rulefile.explain(e, args.rule)
         if reason is None:
             raise
-        if speaks:
-            print(f"train.py: {reason}; finished epochs are in {folder}", file=sys.stderr)
-        return 2
+        return complain(f"{reason}; finished epochs are in {folder}" if folder else reason)
 
 
 if __name__ == "__main__":

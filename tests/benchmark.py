@@ -5,7 +5,8 @@
 
 Rows of a group take turns, round after round, so that a busy machine or a warm one is fair to all of them; a figure is the
 median over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.update` with its batch:
-augmentation, forward, backward with the hooks, schedule, Muon and SGD.
+augmentation, forward, backward with the hooks, schedule, Muon and SGD. Operations are those that compute or copy something; on
+a GPU each is at least one kernel launch, but a captured step is one in all.
 """
 import copy
 import json
@@ -29,8 +30,10 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import fa  # noqa: E402
 import muon  # noqa: E402
+import options  # noqa: E402
 import rank  # noqa: E402
 import runs  # noqa: E402
+import speed  # noqa: E402
 import train  # noqa: E402
 
 
@@ -67,7 +70,7 @@ def plain_hooks(trainer: train.Trainer, rule: fa.Rule) -> None:
     layers = [m for m in trainer.model.modules() if isinstance(m, fa.Layer)]
     for layer in layers[1:]:
         rule.prepare(layer)
-        layer.rule = rule
+        layer.rule, layer.unreplaced = rule, 0
         layer.register_full_backward_hook(fa._replace_error)
 
 
@@ -82,8 +85,11 @@ def steps(device: torch.device, width: int, batch: int) -> dict:
     variants = {"BP + norm": ["--rule", "bp", "--norm"], "FA + norm, plain hook": ["--rule", "bp", "--norm"],
                 "FA + norm": ["--rule", "fa", "--norm"], "FA": ["--rule", "fa"], "BP": ["--rule", "bp"],
                 "FA + Muon": ["--rule", "fa", "--muon"], "FA + Muon + norm": ["--rule", "fa", "--muon", "--norm"]}
+    if device.type == "cuda":
+        variants.update({f"{name}, captured": variants[name] for name in ("BP + norm", "FA + norm", "FA + Muon + norm")})
     calls = {}
     for name, own in variants.items():
+        own = [*own, "--graph" if name.endswith("captured") else "--no-graph"]
         rates = ["--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in own)]
         trainer = train.Trainer(train.parse([*common, *own, *rates]), dataset)
         trainer.model.train()
@@ -104,7 +110,8 @@ def steps(device: torch.device, width: int, batch: int) -> dict:
 
 
 COMPARED = {"FA + norm, plain hook": "BP + norm", "FA + norm": "BP + norm", "FA": "BP", "FA + Muon": "BP",
-            "FA + Muon + norm": "BP + norm"}
+            "FA + Muon + norm": "BP + norm", "BP + norm, captured": "BP + norm", "FA + norm, captured": "BP + norm, captured",
+            "FA + Muon + norm, captured": "BP + norm, captured"}
 
 
 def flops_an_image(width: int) -> int:
@@ -125,17 +132,23 @@ def ceiling(device: torch.device) -> float:
 
 def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: float) -> list[dict]:
     calls, flops = steps(device, width, batch), flops_an_image(width)
+    if device.type == "cuda":
+        for call in calls.values():                                             # until the graphs are recorded
+            for _ in range(4):
+                call()
     seconds, rows = in_turns(device, calls, rounds), []
     for name, each in seconds.items():
-        median, peak = statistics.median(each), None
+        median, peak, operations = statistics.median(each), None, 1
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             calls[name]()
             wait(device)
             peak = torch.cuda.max_memory_allocated(device) / 2 ** 20
+        if not name.endswith("captured"):
+            operations = operations_of(calls[name])
         rows.append({"group": f"step, ResNet-18 of width {width}, batch {batch}", "row": name, "seconds": median,
                      "spread": spread(each), "against": COMPARED.get(name), "images_per_second": batch / median,
-                     "share_of_ceiling": batch * flops / median / top, "peak_MiB": peak})
+                     "share_of_ceiling": batch * flops / median / top, "peak_MiB": peak, "operations": operations})
     return rows
 
 
@@ -155,6 +168,12 @@ class CountOperations(TorchDispatchMode):
         return result
 
 
+def operations_of(call) -> int:
+    with CountOperations() as counter:
+        call()
+    return sum(counter.counts.values())
+
+
 def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
     import models
     hidden, _ = muon.split(models.resnet18(100, "batch", width).to(device, memory_format=torch.channels_last))
@@ -167,9 +186,7 @@ def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
     rows = {"torch.optim.Muon, flattened weights": theirs.step, "ours": ours.step}
     result = timed(device, f"Muon step, the {len(hidden)} hidden matrices of ResNet-18, width {width}", rows, rounds)
     for row, call in zip(result, rows.values()):
-        with CountOperations() as counter:
-            call()
-        row["operations"] = sum(counter.counts.values())
+        row["operations"] = operations_of(call)
     return result
 
 
@@ -243,7 +260,7 @@ def table(rows: list[dict]) -> str:
         if row.get("peak_MiB"):
             more.append(f"{row['peak_MiB']:,.0f} MiB")
         if row.get("operations"):
-            more.append(f"{row['operations']} operations")
+            more.append("one launch" if row["operations"] == 1 else f"{row['operations']:,} operations")
         compared = ratio(row, rows)
         against = f"{compared:.2f} × {row['against']}" if compared else ""
         took = f"{duration(row['seconds'])} ± {duration(row['spread'])}"
@@ -252,15 +269,16 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = train.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
+    p = options.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
-    p.add_argument("--rounds", type=train.number(int, 2), default=15, help="how often every row is timed (default: 15)")
-    p.add_argument("--batch-sizes", type=train.number(int, 1), nargs="+", default=[128, 512], metavar="N")
-    p.add_argument("--width", type=train.number(int, 1), help="of ResNet-18 (default: 64 on a GPU, 16 on a CPU)")
+    p.add_argument("--rounds", type=options.number(int, 2), default=15, help="how often every row is timed (default: 15)")
+    p.add_argument("--batch-sizes", type=options.number(int, 1), nargs="+", default=[128, 512], metavar="N")
+    p.add_argument("--width", type=options.number(int, 1), help="of ResNet-18 (default: 64 on a GPU, 16 on a CPU)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="keep the rows, and what they were measured with")
     args = p.parse_args(argv)
-    device, _ = train.choose_device(p, args.device)
+    device, _ = options.choose_device(p, args.device)
     width = args.width or (64 if device.type == "cuda" else 16)
+    speed.prepare(device)
     top = ceiling(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name} · torch {torch.__version__} · a large matrix product reaches {top / 1e12:.3g} TFLOP/s")

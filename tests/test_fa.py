@@ -203,7 +203,7 @@ def test_the_count_sees_the_waste_of_a_plain_hook():
     rule = fa.FA()
     for layer in hidden(model):
         rule.prepare(layer)
-        layer.rule = rule
+        layer.rule, layer.unreplaced = rule, 0
         layer.register_full_backward_hook(fa._replace_error)
     counter = count(model, x, labels)
     assert sum(to_input for (to_input, *_), _ in counter.calls) == 2 * (len(hidden(model)) - 1)
@@ -234,7 +234,7 @@ def test_the_cut_and_the_plain_hook_agree_to_the_last_bit():
     rule = fa.FA()
     for layer in hidden(hooked):
         rule.prepare(layer)
-        layer.rule = rule
+        layer.rule, layer.unreplaced = rule, 0
         layer.register_full_backward_hook(fa._replace_error)
     expected = gradients(hooked, x, labels)
     for name, g in gradients(cut, x, labels).items():
@@ -279,6 +279,50 @@ def test_a_compiled_model_is_refused(when):
             call(x).sum().backward()
         handle.remove()
         call(x).sum().backward()
+
+
+def spoil_hooks(model):
+    model.blocks[3].conv2._backward_hooks.clear()
+
+
+def spoil_forward(model):
+    del model.blocks[3].conv2.forward
+
+
+def spoil_layer(model):
+    old = model.blocks[3].conv2
+    model.blocks[3].conv2 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
+
+
+@pytest.mark.parametrize("spoil, said", [(None, None), (spoil_hooks, "its hook did not run"),
+                                         (spoil_forward, "its forward was replaced"),
+                                         (spoil_layer, "the model has another layer in its place")])
+def test_a_step_that_the_rule_did_not_carry_is_refused(spoil, said):
+    model, x, labels = resnet(dtype=torch.float32)
+    handle = fa.attach(model, fa.FA())
+    gradients(model, x, labels)
+    handle.before_step()
+    if spoil is None:
+        return
+    spoil(model)
+    gradients(model, x, labels)
+    with pytest.raises(fa.HookError, match=f"FA did not carry the error through layer 'blocks.3.conv2': {said}"):
+        handle.before_step()
+
+
+def test_the_digest_sees_every_bit_of_the_feedback():
+    model, x, labels = resnet(dtype=torch.float32)
+    handle = fa.attach(model, fa.FA(seed=1))
+    one = handle.digest()
+    gradients(model, x, labels)
+    assert handle.digest() == one and len(one) == 32
+    other = fa.attach(resnet(dtype=torch.float32)[0], fa.FA(seed=1)).digest()
+    assert other == one != fa.attach(resnet(dtype=torch.float32)[0], fa.FA(seed=2)).digest()
+    model.to(memory_format=torch.channels_last)
+    assert handle.digest() == one                               # the layout in memory is nobody's business
+    last = model.classifier.feedback.view(-1)
+    last.view(torch.int32)[-1] ^= 1
+    assert handle.digest() != one
 
 
 def test_feedback_is_a_buffer_that_is_saved_moved_and_not_trained():

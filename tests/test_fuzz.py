@@ -17,6 +17,7 @@ import fa
 import models
 import muon
 import norm
+import options
 import rank
 import rulefile
 import train
@@ -317,7 +318,7 @@ def test_a_cache_of_any_bytes(root, content):
 
 # ---- train.parse: arguments, or one line and status 2 --------------------------------------------------------------------
 
-FLAGS = sorted(flag for action in train.parser()._actions for flag in action.option_strings if flag not in ("-h", "--help"))
+FLAGS = sorted(flag for action in options.parser()._actions for flag in action.option_strings if flag not in ("-h", "--help"))
 NUMBERS = st.integers().map(str) | st.floats().map(str) | \
     st.sampled_from(["0", "1", "2", "-1", "1e400", "-0.0", "nan", "inf", "0x10", "1_0", "\u0663", "9" * 400])
 ANY_TEXT = st.text(st.characters(), max_size=8)         # lone surrogates too: sys.argv has them where bytes are not UTF-8

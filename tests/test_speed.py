@@ -112,8 +112,8 @@ def frozen_rate(descend):
 
 def asking(descend):
     def changed(self, *args):
-        loss, right = descend(self, *args)
-        return (loss, right) if loss.item() > 0 else None
+        results = descend(self, *args)
+        return results if results[0].item() > 0 else None
     return changed
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import data
+import options
 import train
 
 REAL_GRATINGS = data.gratings
@@ -71,7 +72,8 @@ def test_the_headline_command_on_the_command_line(tmp_path):
     assert re.match(r"final test accuracy \d+\.\d% \(epoch 2, the last\) · \d+m \d\ds · runs", last[0]) and len(last) == 1
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == "fa-muon-batch-cifar100-resnet18-s0"
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "log.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt", "config.json",
+                                                              "curves.png", "log.jsonl"]
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["muon"] is True and config["args"]["norm"] == "batch" and config["args"]["lr"] == 0.05
     assert config["versions"]["torch"] == torch.__version__ and "train.py --rule fa" in config["command"]
@@ -213,42 +215,56 @@ def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
     assert status == 3
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert line["diverged"] is True and line["test_accuracy"] is None and line["train_loss"] is None and line["step"] == 2
-    assert f"diverged: at step {line['step']} (epoch 1) the loss or a weight is not finite" in capsys.readouterr().out
+    assert f"diverged: at step {line['step']} (epoch 1) the loss is not finite" in capsys.readouterr().out
     assert (tmp_path / "run" / "curves.png").exists()
 
 
-def test_a_weight_that_overflows_in_the_last_step_is_divergence_too(tmp_path, monkeypatch):
-    real = train.Trainer.update
+@pytest.mark.parametrize("step", [3, 8])
+@pytest.mark.parametrize("where", ["loss", "gradient", "update"])
+def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, monkeypatch, capsys):
+    """Infinity put into one place at one step: a gradient of layers.2, and of nothing above it, or a weight by its update."""
+    real = train.Trainer.descend
+    calls = []
 
-    def update(self, chosen):
-        result = real(self, chosen)
-        if self.step == self.total_steps:
-            self.model.classifier.bias.data[0] = float("inf")
+    def descend(self, *args):
+        calls.append(self)
+        now = len(calls) == step
+        layer = self.model.layers[2]
+        handles = []
+        if now and where == "gradient":
+            handles.append(layer.weight.register_hook(lambda g: g * float("inf")))
+        if now and where == "loss":
+            handles.append(self.model.classifier.register_forward_hook(lambda m, x, y: y + float("nan")))
+        if now and where == "update":
+            handles.append(self.optimisers[-1][0].register_step_post_hook(
+                lambda *_: layer.weight.data[1, 2, 0, 1].fill_(float("-inf"))))
+        result = real(self, *args)
+        for handle in handles:
+            handle.remove()
         return result
 
-    monkeypatch.setattr(train.Trainer, "update", update)
+    monkeypatch.setattr(train.Trainer, "descend", descend)
     assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 3
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
-    assert last["diverged"] and last["step"] == 8 and last["test_accuracy"] is None
+    what = "the loss" if where == "loss" else f"the {where} of layers.2.weight"
+    assert (last["diverged"], last["step"], last["not_finite"], last["test_accuracy"]) == (True, step, what, None)
+    assert len(calls) == step                                   # on a CPU it stops there
+    assert f"at step {step} (epoch {(step + 3) // 4}) {what} is not finite" in capsys.readouterr().out
+
+
+def test_each_parameter_is_in_exactly_one_optimiser():
+    layer = torch.nn.Linear(2, 3)
+    sgd = lambda *params: torch.optim.SGD(params, 0.1)
+    train.each_in_one(layer, [sgd(layer.weight), sgd(layer.bias)])
+    for wrong in ([sgd(layer.weight)], [sgd(layer.weight, layer.bias), sgd(layer.bias)]):
+        with pytest.raises(RuntimeError, match="not in exactly one optimiser: bias"):
+            train.each_in_one(layer, wrong)
 
 
 def test_default_folders_never_collide(tmp_path):
     for _ in range(2):
         assert train.main([*SMALL, "--epochs", "1", "--device", "cpu"]) == 0
     assert sorted(p.name for p in Path("runs").iterdir()) == ["fa-gratings-cnn-s0", "fa-gratings-cnn-s0-2"]
-
-
-def test_the_interrupted_run_keeps_its_epochs(tmp_path, monkeypatch, capsys):
-    real = train.Trainer.epoch
-
-    def interrupted(self, title):
-        if self.step:
-            raise KeyboardInterrupt
-        return real(self, title)
-
-    monkeypatch.setattr(train.Trainer, "epoch", interrupted)
-    assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 130
-    assert len(Path("run/log.jsonl").read_text().splitlines()) == 1 and Path("run/checkpoint.pt").exists()
 
 
 WRONG = {
@@ -333,5 +349,5 @@ def test_help_explains_every_flag(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0
-    for action in train.parser()._actions:
+    for action in options.parser()._actions:
         assert action.help and action.option_strings[0] in text

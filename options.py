@@ -1,0 +1,245 @@
+"""What can be asked of a training run: every flag, with the reason for its default, and what makes no sense together.
+
+`parse` turns a command line into complete arguments: what was left out is filled in from the recipe of the data set, and a
+wrong input ends with one line and status 2. With `--resume RUN` the arguments are those that the run began with.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+import data
+import fa
+import models
+import norm
+import parallel
+import rulefile
+import runs
+
+VERSION = 1                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in
+# By data set: the paper's network for it, and what is trained when nothing else is asked for.
+RECIPES = {"gratings": {"model": "cnn", "width": 16, "epochs": 12, "batch_size": 64},
+           "cifar10": {"model": "cnn", "width": 32, "epochs": 50, "batch_size": 128},
+           "cifar100": {"model": "resnet18", "width": 64, "epochs": 100, "batch_size": 128}}
+WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64, "resnet34": 64, "vgg11": 64}    # of a network that is not the recipe's
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")               # one line; the usage is behind --help
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least `low` (or above it) and at most `high`."""
+    wanted = f"{'an integer' if kind is int else 'a finite number'} {'above' if above else 'of at least'} {low}"
+    wanted += f" and at most {high}" if high < math.inf else ""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+    return convert
+
+
+def rule(text: str) -> str:
+    """An argparse type: a rule that can be loaded."""
+    try:
+        rulefile.load(text)
+    except rulefile.RuleFileError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="train.py", description="Train one network by one learning rule.",
+               epilog="The run folder holds config.json, log.jsonl, checkpoint.pt and curves.png.")
+    g = p.add_argument_group("the experiment")
+    g.add_argument("--rule", type=rule, default="fa", metavar="RULE",
+                   help=f"how the error crosses a layer: {', '.join(fa.RULES)} (see fa.py; bp is backprop), or a class of "
+                        "your own, my_rule.py:MyRule (default: fa)")
+    g.add_argument("--muon", action="store_true",
+                   help="orthogonalise the updates of hidden weights (default: Nesterov SGD for all weights)")
+    g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
+                   help="normalise hidden activity; --norm alone is batch, the paper's (default: no normalisation at all)")
+    g.add_argument("--dataset", default="gratings", metavar="DATA",
+                   help=f"what to learn: {', '.join(data.NAMES)}, or a folder with train/ and test/ (or val/) and there a "
+                        "folder of images for each class (default: gratings, which is generated and needs no download)")
+    g.add_argument("--image-size", type=number(int, 8), metavar="PIXELS",
+                   help="resize the images of a folder to this (default: 32)")
+    g.add_argument("--model", choices=models.MODELS,
+                   help="the network (default: the paper's, resnet18 for cifar100 and the 4-layer cnn otherwise)")
+    g.add_argument("--width", type=number(int, 1),
+                   help="channels of the first layer, units of the mlp (default: 64, 32 cnn, 512 mlp; 16 for the cnn on "
+                        "gratings, for speed)")
+    g.add_argument("--depth", type=number(int, 1),
+                   help="hidden layers of the cnn or mlp (default: 4, the paper's; the others have their own)")
+    g.add_argument("--init", choices=models.INITS,
+                   help="initialisation of forward and feedback weights (default: he without --norm, torch with it; see "
+                        "models.py)")
+    g.add_argument("--feedback-gain", type=number(float, 0, above=True),
+                   help="draw the feedback weights so many times larger (default: 1, like the forward weights)")
+    g.add_argument("--feedback-orthogonal", action="store_true",
+                   help="make the feedback weights orthogonal, of the same norm (default: as they are drawn)")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=number(int, 1),
+                   help="passes over the training images (default: 12 gratings, 50 cifar10, 100 cifar100)")
+    g.add_argument("--batch-size", type=number(int, 1),
+                   help="images a step (default: 128; 64 for gratings, which are few)")
+    g.add_argument("--lr", type=number(float, 0, above=True),
+                   help="first learning rate of Nesterov SGD (default: 0.05 with --norm, 0.02 without, which diverges sooner)")
+    g.add_argument("--muon-lr", type=number(float, 0, above=True),
+                   help="first learning rate of Muon (default: 0.05 with --norm, 0.01 without, which diverges sooner)")
+    g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
+                   help="of both optimisers (default: 0.0005, usual for CIFAR)")
+    g.add_argument("--muon-weight-decay", type=number(float, 0),
+                   help="of Muon alone (default: that of both; Muon's steps do not shrink with the gradient)")
+    intervention = g.add_mutually_exclusive_group()
+    intervention.add_argument("--cut", type=number(int, 1), metavar="R",
+                              help="keep the R largest singular values of every hidden update, norm kept (default: all)")
+    intervention.add_argument("--flatten", action="store_true",
+                              help="make the singular values of every hidden update equal, norm kept (default: as they are)")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
+                   help="of weights, feedback, order and augmentation (default: 0)")
+    g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
+                   help="record ranks and alignments after every so many epochs, into rank.jsonl (default: never; --rank "
+                        "alone: every epoch)")
+    add_machine(p)
+    return p
+
+
+def add_machine(p: argparse.ArgumentParser) -> None:
+    """Flags that say on what and where to train, and nothing of how."""
+    g = p.add_argument_group("data and machine")
+    g.add_argument("--subset", type=number(int, 1), metavar="N",
+                   help="train on the first N images only; the test set stays whole (default: all)")
+    g.add_argument("--validate", type=number(int, 1), metavar="N",
+                   help="hold out the last N training images and measure on them instead of the test set, to choose "
+                        "hyperparameters (default: the test set)")
+    g.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
+    g.add_argument("--out", metavar="DIR",
+                   help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
+    g.add_argument("--resume", metavar="RUN", type=Path,
+                   help="go on with the run in this folder, with its arguments; what else may be given is --epochs, --data, "
+                        "--device, and --out to write elsewhere (default: a new run)")
+    g.add_argument("--device", default="auto",
+                   help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
+    g.add_argument("--graph", action=argparse.BooleanOptionalAction,
+                   help="record the training step as a CUDA graph and replay it (default: on a GPU, where it is faster, if the "
+                        "step is the same every time: one process, a rule of fa.py, no --cut or --flatten)")
+    g.add_argument("--deterministic", action="store_true",
+                   help="on a GPU too the same bits in every run, by operations that may be slower (default: there some sums "
+                        "come in any order; on a CPU all bits are the same anyway)")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction,
+                   help="bf16 in forward and backward, float32 for weights (default: on a GPU, where it is faster)")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = parser()
+    args = p.parse_args(argv)
+    if args.resume:
+        args = resumed(p, argv, args.resume)
+    for flag in ("muon_lr", "muon_weight_decay"):
+        if getattr(args, flag) is not None and not args.muon:
+            p.error(f"--{flag.replace('_', '-')} has no effect without --muon: add --muon or leave it out")
+    for flag in ("feedback_gain", "feedback_orthogonal"):
+        if getattr(args, flag) and args.rule in ("bp", "frozen"):
+            p.error(f"--{flag.replace('_', '-')} has no effect with --rule {args.rule}, which has no feedback weights")
+    args.rule_digest = rulefile.digest(args.rule)
+    if args.resume and args.rule_digest != args.saved["rule_digest"]:
+        p.error(f"--resume {args.resume}: {args.rule} has changed since; a run goes on only with the rule that it began with")
+    recipe = RECIPES.get(args.dataset, RECIPES["cifar100"])         # a folder of images is treated like CIFAR-100
+    if args.dataset not in data.NAMES and not Path(args.dataset).is_dir():
+        p.error(f"--dataset {args.dataset}: choose from {', '.join(data.NAMES)}, or a folder of images, which this is not")
+    if args.image_size and args.dataset in data.NAMES:
+        p.error(f"--image-size has no effect on {args.dataset}, whose images are 32 pixels wide")
+    args.model = args.model or recipe["model"]
+    args.width = args.width or (recipe["width"] if args.model == recipe["model"] else WIDTHS[args.model])
+    if args.depth and args.model not in ("cnn", "mlp"):
+        p.error(f"--depth has no effect on {args.model}: choose --model cnn or mlp, or leave it out")
+    for flag in ("cut", "flatten"):
+        if getattr(args, flag) and args.model == "mlp" and args.depth == 1:
+            p.error(f"--{flag} has no effect on an mlp of depth 1, which has no hidden weights beside stem and classifier")
+    args.epochs = args.epochs or recipe["epochs"]
+    args.batch_size = args.batch_size or recipe["batch_size"]
+    args.lr = args.lr or (0.05 if args.norm else 0.02)
+    if args.muon:
+        args.muon_lr = args.muon_lr or (0.05 if args.norm else 0.01)
+    if args.norm in ("batch", "whiten") and args.batch_size < 2:
+        p.error(f"--norm {args.norm} compares images with each other and needs a --batch-size of at least 2")
+    args.device, args.device_reason = choose_device(p, args.device)
+    if args.graph and args.device.type != "cuda":
+        p.error("--graph records CUDA kernels and needs a GPU")
+    changing = next((flag for flag, asked in {
+        "--cut": args.cut, "--flatten": args.flatten, "several processes": parallel.asked(),
+        f"--rule {args.rule}": args.rule not in fa.RULES}.items() if asked), None)
+    if args.graph and changing:
+        p.error(f"--graph cannot be combined with {changing}: its Python may do something else in every step")
+    if args.graph is None:
+        args.graph = args.device.type == "cuda" and not changing
+    args.amp_reason = "as asked"
+    if args.amp is None:
+        args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        args.amp_reason = f"default on a {'GPU' if args.device.type == 'cuda' else 'CPU'}"
+    return args
+
+
+FREE = ("data", "device", "epochs", "graph", "out")             # what a resumed run may be given anew
+
+
+def resumed(p: argparse.ArgumentParser, argv: list[str] | None, folder: Path) -> argparse.Namespace:
+    """The arguments of the run in `folder`, with what may be given anew; `saved` are those that it had."""
+    try:
+        config = runs.read_config(folder)
+    except runs.RunError as e:
+        p.error(f"--resume {folder}: {e}")
+    saved, flags = config["args"], vars(p.parse_args([])).keys() - {"resume"}
+    if config.get("version") != VERSION or not saved.keys() >= set(fixed()):
+        p.error(f"--resume {folder}: it was made by version {config.get('version')} of train.py, commit "
+                f"{config.get('commit')}, and this is version {VERSION}")
+    p.set_defaults(**{key: saved[key] for key in flags - {"graph", "out"}})
+    if str(saved["device"]).startswith("cuda") and not torch.cuda.is_available():
+        p.set_defaults(device="auto")
+    args = p.parse_args(argv)
+    changed = [f"--{key.replace('_', '-')} was {saved[key]} and is {getattr(args, key)}" for key in fixed()
+               if getattr(args, key) != saved[key]]
+    if changed:
+        p.error(f"--resume {folder}: {', '.join(changed)}; a run goes on as it began, only --{', --'.join(FREE)} may differ")
+    args.saved = saved
+    return args
+
+
+def choose_device(p: argparse.ArgumentParser, name: str) -> tuple[torch.device, str]:
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return (torch.device("cuda"), "a GPU was found") if available else (torch.device("cpu"), "no GPU was found")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        p.error(f"--device {name}: choose cpu, cuda or cuda:N")
+    if device.type == "cuda" and not available:
+        p.error(f"--device {name}: torch {torch.__version__} finds no GPU here; leave --device out to use the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        p.error(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return device, "as asked"
+
+
+def fixed() -> list[str]:
+    """The flags that a run keeps when it goes on."""
+    return sorted(vars(parser().parse_args([])).keys() - {"resume", *FREE})
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The arguments as config.json has them."""
+    kept = {key: value for key, value in vars(args).items() if key not in ("resume", "saved")}
+    return {**kept, "device": str(args.device)}
