@@ -335,10 +335,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    runs.speak_anywhere()
     args = parse(argv)
     try:
         if args.check:
-            same = README.read_text() == written(README.read_text())
+            same = README.read_text(encoding="utf-8") == written(README.read_text(encoding="utf-8"))
             print("README.md says what results/ says" if same else
                   "README.md differs from results/: run the experiment again, which writes the table anew")
             return 0 if same else 1
@@ -360,9 +361,9 @@ def main(argv: list[str] | None = None) -> int:
         view.draw(picture, experiment, lines)
         print("\n" + view.table(experiment, lines) + f"\n\n{picture}")
         if README.exists() and not args.changes and not args.out:
-            text = written(README.read_text())
-            if text != README.read_text():
-                runs.write(README, lambda partial: partial.write_text(text))
+            text = written(README.read_text(encoding="utf-8"))
+            if text != README.read_text(encoding="utf-8"):
+                runs.write(README, lambda partial: partial.write_text(text, encoding="utf-8"))
         return 0
     except (runs.RunError, OSError) as e:
         print(f"reproduce.py: {e}", file=sys.stderr)

@@ -16,6 +16,7 @@ Nothing here knows what a network is.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -205,6 +206,13 @@ def read_checkpoint(folder: Path) -> tuple[dict | None, str]:
 def drop_damaged(folder: Path) -> None:
     """Put the checkpoint before the damaged one in its place, so that two good ones are kept again after the next."""
     os.replace(folder / PREVIOUS, folder / CHECKPOINT)
+
+
+def speak_anywhere() -> None:
+    """Print on any terminal: a letter that its encoding lacks becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class Interruption:

@@ -460,6 +460,7 @@ def changes(args: argparse.Namespace, state: dict | None) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    runs.speak_anywhere()
     args = parse(argv)
     if not parallel.asked():
         return run(args)
@@ -506,6 +507,9 @@ def run(args: argparse.Namespace) -> int:
             return train(args, trainer, log)
     except (data.DataError, runs.RunError, rulefile.RuleFileError, fa.HookError) as e:
         return complain(e)
+    except BrokenPipeError:                                     # `python train.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # or Python complains once more in the end
+        return complain(f"nobody reads the output any more; finished epochs are in {folder}", 141)
     except speed.RecordError as e:
         return complain(f"{e}; add --no-graph")
     except KeyboardInterrupt:

@@ -312,7 +312,60 @@ WRONG = {
     "--dataset cifar100 --data truncated": "is damaged",
     "--dataset cifar100 --data nowhere": "cannot download cifar100",
     "--nonsense": "unrecognized arguments",
+    "train": "unrecognized arguments: train",
+    "--rule": "expected one argument",
+    "--rule nowhere.py:Mine": "nowhere.py: No such file or directory",
+    "--rule full/file:Mine": "full/file, line 1",
+    "--rule full:Mine": "full: Is a directory",
+    "--rule :": "is no rule",
+    "--norm batch layer": "unrecognized arguments: layer",
+    "--dataset full": "full has no folder train/",
+    "--dataset \u0434\u0430\u043d\u043d\u044b\u0435": "choose from gratings, cifar10, cifar100, or a folder of images",
+    "--dataset cifar10 --data other": "cannot download cifar10",
+    "--dataset cifar100 --data garbage": "is damaged",
+    "--dataset cifar100 --data code": "is damaged",
+    "--dataset cifar100 --data list": "it must be a dict",
+    "--dataset cifar100 --data labels": "train_labels must be from 0 to 99",
+    "--dataset cifar100 --data floats": "train_images must be uint8",
+    "--dataset cifar100 --data /proc": "/proc",
+    "--image-size 7": "not an integer of at least 8",
+    "--image-size 64": "no effect on gratings",
+    "--subset 1e3": "not an integer",
+    "--validate 0": "not an integer of at least 1",
+    "--width -1": "not an integer of at least 1",
+    "--width 9e9": "not an integer",
+    "--lr 1,5": "not a finite number",
+    "--lr": "expected one argument",
+    "--muon --muon-lr 0": "not a finite number above 0",
+    "--muon --muon-weight-decay -1": "at least 0",
+    "--feedback-gain nan": "not a finite number above 0",
+    "--graph": "needs a GPU",
+    "--amp yes": "unrecognized arguments: yes",
+    "--deterministic=1": "ignored explicit argument '1'",
+    "--device cuda:99": "finds no GPU here",
+    "--device meta": "choose cpu, cuda or cuda:N",
+    "--out " + "long" * 100: "File name too long",
+    "--resume": "expected one argument",
+    "--resume nowhere": "nowhere is no run to go on with: nowhere/config.json: No such file or directory",
+    "--resume full": "full is no run to go on with: full/config.json: No such file or directory",
+    "--resume full/file": "full/file is no run to go on with",
+    "--resume run --lr 0.1": "--lr was 0.02 and is 0.1; a run goes on as it began",
+    "--resume run --rule bp --seed 1": "--rule was fa and is bp, --seed was 0 and is 1",
+    "--resume run --muon": "--muon was False and is True; a run goes on",
+    "--resume run --epochs 0": "not an integer of at least 1",
+    "--resume run --out full": "full is not empty",
 }
+
+
+def test_every_flag_is_among_the_wrong_inputs():
+    flags = {flag for action in options.parser()._actions for flag in action.option_strings[:1]}
+    missing = {flag for flag in flags - {"-h"} if not any(flag in case for case in WRONG)}
+    assert not missing and len(WRONG) >= 60
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -325,10 +378,19 @@ def test_wrong_input_is_one_line_and_status_2(wrong, tmp_path, capsys, monkeypat
     torch.save({**cache, "classes": ["airplane", *"12345678", "truck"]}, tmp_path / "other" / "cifar100.pt")
     raw = (made_cifar100(tmp_path / "truncated") / "cifar100.pt").read_bytes()
     (tmp_path / "truncated" / "cifar100.pt").write_bytes(raw[:10000])
+    for folder, content in {"code": {"train_images": Code()}, "list": [cache], "labels": {**cache, "train_labels":
+                            cache["train_labels"] + 5}, "floats": {**cache, "train_images": cache["train_images"].float()}}.items():
+        (tmp_path / folder).mkdir()
+        torch.save(content, tmp_path / folder / "cifar100.pt")
+    (tmp_path / "garbage").mkdir()
+    (tmp_path / "garbage" / "cifar100.pt").write_bytes(bytes(range(256)) * 50)
+    if "--resume run" in wrong:
+        train.main([*SMALL, "--epochs", "1", "--device", "cpu", "--out", "run"])
+        capsys.readouterr()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     folders = sorted(p for p in tmp_path.rglob("*") if p.is_dir())
     try:
-        status = train.main([*SMALL[4:6], "--device", "cpu", *wrong.split()])
+        status = train.main([*([] if "--resume" in wrong else [*SMALL[4:6], "--device", "cpu"]), *wrong.split(" ")])
     except SystemExit as e:
         status = e.code
     out, err = capsys.readouterr()
