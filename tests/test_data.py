@@ -123,7 +123,7 @@ if "killed" in sys.argv:
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     torch.save = save
-print(data.load("cifar100", sys.argv[2]).train_images.sum().item())
+print(data.digest(data.load("cifar100", sys.argv[2])))
 """
 
 
@@ -171,7 +171,7 @@ def test_of_two_processes_one_downloads_and_the_other_waits_and_says_so(archive,
     archive.until_half_is_sent()
     with loading(root, capsys) as loaded:
         archive.server.go_on.set()
-    assert process.communicate(timeout=60)[0] == f"{loaded.result().train_images.sum()}\n"
+    assert process.communicate(timeout=60)[0] == data.digest(loaded.result()) + "\n"
     assert archive.server.requests == 2 and listing(root) == ["cifar100.pt"]
 
 
@@ -214,7 +214,7 @@ def test_what_a_killed_process_had_verified_is_not_downloaded_again(archive, tmp
 
 def test_a_cache_is_read_where_nothing_can_be_written_or_locked(archive, tmp_path, monkeypatch):
     root = tmp_path / "data"
-    expected = data.load("cifar100", root).train_images.sum()
+    expected = data.digest(data.load("cifar100", root))
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -222,12 +222,12 @@ def test_a_cache_is_read_where_nothing_can_be_written_or_locked(archive, tmp_pat
     monkeypatch.setattr(fcntl, "flock", no_locks)
     root.chmod(0o555)
     try:
-        assert data.load("cifar100", root).train_images.sum() == expected
+        assert data.digest(data.load("cifar100", root)) == expected
     finally:
         root.chmod(0o755)
     with monkeypatch.context() as patch:
         patch.setattr(filelock, "FileLock", None)
-        assert data.load("cifar100", root).train_images.sum() == expected
+        assert data.digest(data.load("cifar100", root)) == expected
     failing(tmp_path / "new" / "data", "cannot use .*cifar100.pt: No locks available")
     (root / "cifar100.pt").unlink()
     failing(root, "No locks available")
@@ -546,6 +546,33 @@ def test_a_pickle_of_garbage_is_refused(tmp_path):
             for member, raw in {**members, name: garbage}.items():
                 archive.writestr(member, raw)
         failing(tmp_path, "is damaged or no data set at all")
+
+
+def test_the_digest_changes_with_anything_and_is_the_same_everywhere():
+    def dataset():
+        labels = torch.arange(4) % 2
+        images = torch.arange(4 * 48).view(4, 3, 4, 4).to(torch.uint8)
+        return data.Dataset(images, labels, images[:2] + 1, labels[:2].clone(), ["ant", "bee"])
+
+    first = dataset()
+    assert data.digest(first) == data.digest(dataset()) == PINNED
+    assert data.digest(first._replace(train_images=first.train_images.contiguous(memory_format=torch.channels_last))) == PINNED
+    others = {PINNED}
+    for part in data.Dataset._fields[:4]:
+        for at in (0, -1):
+            changed = dataset()
+            getattr(changed, part).view(-1)[at] ^= 1
+            others.add(data.digest(changed))
+    for classes in (["ant", "bea"], ["antb", "ee"], ["bee", "ant"], ["ant", "bee", "cow"]):
+        others.add(data.digest(first._replace(classes=classes)))
+    others.add(data.digest(first._replace(train_images=first.train_images.flip(0), train_labels=first.train_labels.flip(0))))
+    others.add(data.digest(first._replace(train_images=first.train_images.view(4, 3, 2, 8))))
+    others.add(data.digest(first._replace(train_images=first.train_images[:3], train_labels=first.train_labels[:3])))
+    assert len(others) == 1 + 8 + 4 + 3
+    assert all(len(each) == 16 and set(each) <= set("0123456789abcdef") for each in others)
+
+
+PINNED = "b621c4a1608ed547"
 
 
 def test_unknown_name_and_unusable_folder(tmp_path):
