@@ -1,7 +1,7 @@
 """The images: CIFAR-10 and CIFAR-100, a folder of yours, or gratings that need no download; as tensors, kept on the device.
 
-`load(name, root)` gives uint8 images and int64 labels. CIFAR is downloaded once through torchvision, which verifies the
-archive, and kept as `root/<name>.pt`; later uses read that file, check it, and need no network. The file is
+`load(name, root)` gives uint8 images and int64 labels. CIFAR is downloaded once, of several processes by one, by torchvision,
+which knows its checksums, and kept as `root/<name>.pt`; later uses read that file, check it, and need no network. The file is
 
     torch.save({"train_images": uint8 (N, 3, 32, 32), "train_labels": int64 (N,),
                 "test_images":  uint8 (M, 3, 32, 32), "test_labels":  int64 (M,), "classes": [str, ...]})
@@ -14,24 +14,36 @@ A folder of images is a data set too, in torchvision's ImageFolder layout, `trai
 
 `gratings` is a made data set: coloured stripes under noise, to be told apart by orientation, 18° from class to class. It is
 generated in a second and is hard enough to separate the learning rules (see the README).
+
+A result is worth no more than its data, so what is read is checked: that it is what its name says, with every label a class
+and next to no test image among the training images. `digest` gives a data set a name by which it is known again.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
+import json
 import os
 import pickle
 import re
+import shutil
 import socket
+import ssl
+import struct
+import sys
 import tarfile
-import tempfile
+import time
+import urllib.error
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,15 +62,39 @@ class Dataset(NamedTuple):
     classes: list[str]      # name of each label
 
 
-NAMES = ("gratings", "cifar10", "cifar100")
-CLASSES = {"cifar10": (10, "airplane", "truck"), "cifar100": (100, "apple", "worm")}    # count, first, last
+class Known(NamedTuple):
+    classes: list[str]      # in the order of their labels
+    most: dict[str, int]    # images of a class, in the official training and test set
+    mean: tuple[float, float, float]    # red, green and blue over the official training images, from 0 to 255
+
+
+CIFAR = {
+    "cifar10": Known("airplane automobile bird cat deer dog frog horse ship truck".split(),
+                     {"train": 5000, "test": 1000}, (125.3, 123.0, 113.9)),
+    "cifar100": Known("""
+            apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+            castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+            elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+            man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+            pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+            skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+            tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+        """.split(), {"train": 500, "test": 100}, (129.3, 124.1, 112.4)),
+}
+NAMES = ("gratings", *CIFAR)
+PAUSES = 1, 3               # seconds before the second and the third try of a download
+
+# Test images that may also be training images, bit for bit. CIFAR-100 itself has 10 in 10,000; the 25,000 training images of
+# CIFAR-10 that were looked through share none. Up to a hundredth, they move a test accuracy by at most one point.
+SHARED = 0.01
 
 
 def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset:
     """The data set `name`: one of NAMES, or a folder of images, which are then resized to `size`.
 
-    CIFAR is read from root/<name>.pt, which the first use downloads. Raises DataError for an unknown name, a download that
-    fails, a cache that is damaged or holds something else, or a folder that is no data set.
+    CIFAR is read from root/<name>.pt, which the first use downloads; a second process that needs it meanwhile waits, and says
+    so on stderr. Raises DataError for an unknown name, a download that fails, a cache that cannot be written, is damaged or
+    holds something else, a folder that is no data set, or images or labels that cannot be right.
     """
     if name == "gratings":
         return gratings()
@@ -69,8 +105,10 @@ def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset
             raise DataError(f"cannot use {name}: {e.strerror or e}") from e
     cache = Path(root) / f"{name}.pt"
     try:
-        if not cache.exists():
-            _download(name, cache)
+        if not cache.exists():                                  # once there it is whole, and reading it needs no lock
+            with _alone(cache) as scratch:
+                if not cache.exists():                          # or the process that had the lock before has made it
+                    _write(cache, scratch, _download(name, cache, scratch)._asdict())
         return _read(name, cache)
     except OSError as e:
         raise DataError(f"cannot use {cache}: {e.strerror or e}; choose another folder for the data") from e
@@ -79,56 +117,147 @@ def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset
 def hold_out(dataset: Dataset, count: int) -> Dataset:
     """The same data with the last `count` training images as the test set: for choosing hyperparameters without peeking.
 
-    Raises DataError if no training image would be left.
+    No image is in both, but for those that the training images themselves hold twice. Raises DataError if no training image
+    would be left, or none is held out.
     """
     images, labels = dataset.train_images, dataset.train_labels
-    if count >= len(images):
-        raise DataError(f"cannot hold out {count} of {len(images)} training images: none would be left")
+    if not 0 < count < len(images):
+        raise DataError(f"cannot hold out {count} of {len(images)} training images: none would be left"
+                        + (" to measure on" if count < 1 else ""))
     return Dataset(images[:-count], labels[:-count], images[-count:], labels[-count:], dataset.classes)
+
+
+def digest(dataset: Dataset) -> str:
+    """16 hexadecimal digits for the images, labels and class names together, the same on every machine.
+
+    Any changed byte changes them, and so does another order: a run that goes on can see that it has the data it began with.
+    """
+    state = hashlib.blake2b(json.dumps([[list(part.shape) for part in dataset[:4]], dataset.classes]).encode(), digest_size=8)
+    for part in dataset[:4]:
+        array = part.cpu().contiguous().numpy()
+        state.update(array.astype(array.dtype.newbyteorder("<"), copy=False))
+    return state.hexdigest()
 
 
 # ---- CIFAR -----------------------------------------------------------------------------------------------------
 
-def _download(name: str, cache: Path) -> None:
-    """Fetch CIFAR by torchvision, which checks the archive's MD5 before unpacking it, and write the cache."""
+NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+
+
+def _download(name: str, cache: Path, scratch: Path) -> Dataset:
+    """Fetch CIFAR into `scratch` and unpack it there.
+
+    Nothing is trusted before its MD5 is right: the archive before it is opened, each of its files before it is unpickled.
+    """
     import torchvision                                          # takes seconds to import and is needed only here
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    made = [folder for folder in (cache.parent, *cache.parent.parents) if not folder.exists()]
-    cache.parent.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)                                # a server that stalls must not hang the run
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache.parent) as scratch:
-            train = kind(scratch, train=True, download=True)
-            test = kind(scratch, train=False)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error, http.client.HTTPException) as e:
-        for folder in made:                                     # URLError is an OSError
-            folder.rmdir()
+        _fetch(kind, scratch)
+        with tarfile.open(scratch / kind.filename) as archive:
+            archive.extractall(scratch, filter="data")          # whatever its members are called, nothing lands elsewhere
+        train, test = kind(scratch, train=True), kind(scratch, train=False)
+    except (*NETWORK, RuntimeError, tarfile.TarError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise DataError(f"cannot download {name} from {kind.url}: {reason}; run the same command again later, or put "
                         f"{cache.name} into {cache.parent}") from e
     finally:
         socket.setdefaulttimeout(timeout)
-    _write(cache, Dataset(*_tensors(train), *_tensors(test), list(train.classes))._asdict())
+    dataset = Dataset(*_tensors(train), *_tensors(test), list(train.classes))
+    wrong = _fault(dataset._asdict(), 32, CIFAR[name])
+    if wrong:
+        raise DataError(f"what {kind.url} sends is not {name}: {wrong}")
+    return dataset
+
+
+def _fetch(kind: type, folder: Path) -> None:
+    """The verified archive, unless a process that was killed has left it here already.
+
+    A network error is tried again after each of PAUSES. A wrong checksum is, once: a connection that breaks off looks like
+    one, and a file that is wrong on the server stays wrong.
+    """
+    from torchvision.datasets.utils import download_url
+    mismatches = 0
+    for pause in (*PAUSES, None):
+        try:
+            return download_url(kind.url, folder, kind.filename, kind.tgz_md5)
+        except NETWORK as e:
+            if pause is None or isinstance(e, urllib.error.HTTPError) and e.code < 500:     # "not found" will not pass
+                raise
+        except RuntimeError:                                    # torchvision's for a wrong checksum
+            mismatches += 1
+            if pause is None or mismatches == 2:
+                raise
+        time.sleep(pause)
 
 
 def _tensors(part) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
 
 
-def _write(cache: Path, content: dict) -> None:
-    partial = cache.with_name(f".{cache.name}.{os.getpid()}.partial")
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[Path]:
+    """A scratch folder to make `cache` in, for one process at a time.
+
+    The system takes the lock from a process that dies, and the next one gets the folder with what is left in it. When it is
+    done or has failed, nothing but the cache stays. Raises OSError where nothing can be locked or written.
+    """
+    lock, scratch = (cache.with_name(f".{cache.name}.{end}") for end in ("lock", "making"))
+    made = [folder for folder in cache.parents if not folder.exists()]
     try:
-        torch.save(content, partial)
-        os.replace(partial, cache)                              # a reader sees the whole file or none
+        held = _locked(lock, cache)
+        try:
+            scratch.mkdir(exist_ok=True)
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):                  # a lock file too many does no harm
+                lock.unlink()                                   # while it is held; who waits for it sees that it is deleted
+            held.release()
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                      # not empty: it holds the cache
+            for folder in made:
+                folder.rmdir()
+
+
+def _locked(lock: Path, cache: Path) -> filelock.BaseFileLock:
+    held, new, patience = filelock.FileLock(lock), not lock.exists(), 0
+    for attempt in range(10):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=patience)
+            break
+        except filelock.Timeout:
+            print(f"waiting for another process that is making {cache}", file=sys.stderr, flush=True)
+            patience = -1                                       # for as long as it takes
+        except FileNotFoundError:                               # who had the lock has failed and removed the folder
+            if attempt == 9:
+                raise
+        except OSError:
+            if new:
+                lock.unlink(missing_ok=True)
+            raise
+    return held
+
+
+def _write(cache: Path, scratch: Path, content: dict) -> None:
+    partial = scratch / f"{os.getpid()}.pt"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())                             # before it gets its name, or a power cut leaves an empty cache
+    except RuntimeError as e:                                   # torch.save's own, for any error of the file
+        cause = e.__context__
+        raise OSError(*cause.args) if isinstance(cause, OSError) else OSError(" ".join(str(e).split())) from e
+    os.replace(partial, cache)                                  # a reader sees the whole file or none
 
 
 def _read(name: str, cache: Path) -> Dataset:
     remedy = "delete it, and the next run downloads it again"
     content = _content(cache, remedy)
-    wrong = _fault(content, 32, CLASSES[name])
+    wrong = _fault(content, 32, CIFAR[name])
     if wrong:
         raise DataError(f"{cache} does not hold {name}: {wrong}; {remedy}")
     return Dataset(**content)
@@ -137,29 +266,73 @@ def _read(name: str, cache: Path) -> Dataset:
 def _content(cache: Path, remedy: str):
     with open(cache, "rb") as file:
         try:
+            with zipfile.ZipFile(file) as archive:              # torch writes checksums, and reads without looking at them
+                changed = archive.testzip()
+            if changed:
+                raise zipfile.BadZipFile(f"wrong checksum of {changed}")
+            file.seek(0)
             return torch.load(file, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, OSError, RuntimeError, EOFError,
+                ValueError, LookupError, TypeError, AttributeError, AssertionError) as e:      # as garbage makes them stumble
             raise DataError(f"{cache} is damaged or no data set at all ({type(e).__name__}); {remedy}") from e
 
 
-def _fault(content: object, size: int, known: tuple[int, str, str] | None = None) -> str | None:
-    """What disqualifies the content of a cache, or None; `known` are the number of classes, the first and the last."""
+def _fault(content: object, size: int, known: Known | None = None, files: list[str] | None = None) -> str | None:
+    """What disqualifies the content of a cache, or None. `known`: what it claims to be. `files`: the test images' names."""
     if not isinstance(content, dict) or set(content) != set(Dataset._fields):
         return f"it must be a dict of {', '.join(Dataset._fields)}"
     classes = content["classes"]
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         return "classes must be a list of names"
-    if known and (len(classes), *classes[:1], *classes[-1:]) != known:
-        return f"it has {len(classes)} classes, {', '.join(classes[:1] + classes[-1:])}"
+    if known and len(classes) != len(known.classes):
+        return f"it has {len(classes)} classes, {_some(classes)}"
+    for i, right in enumerate(known.classes if known else ()):
+        if classes[i] != right:
+            return f"its class {i} is called {_some(classes[i:i + 1])}, not {right}"
     for part in ("train", "test"):
         images, labels = content[f"{part}_images"], content[f"{part}_labels"]
-        if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)):
+        if not (_plain(images, torch.uint8) and images.shape[1:] == (3, size, size)):
             return f"{part}_images must be uint8 of shape (N, 3, {size}, {size})"
-        if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]):
+        if not (_plain(labels, torch.int64) and labels.shape == images.shape[:1]):
             return f"{part}_labels must be int64 of shape (N,), one for each image"
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
             return f"{part}_labels must be from 0 to {len(classes) - 1}"
+        if len(images) > 1 and torch.equal(images.amin(0), images.amax(0)):
+            return f"its {len(images)} {part} images are all the same"
+        most = labels.bincount().max()
+        if known and most > known.most[part]:                   # CIFAR-10's images in CIFAR-100's place are ten times as many
+            return f"it has {most} {part} images of one class, of {known.most[part]} that there are"
+    return (known and _odd_colours(content["train_images"], known.mean)
+            or _leak(content["train_images"], content["test_images"], files))
+
+
+def _plain(tensor: object, dtype: torch.dtype) -> bool:
+    return (isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.layout == torch.strided
+            and tensor.device.type == "cpu")
+
+
+def _odd_colours(images: Tensor, mean: tuple[float, float, float]) -> str | None:
+    """CIFAR-10 is by four grey levels less red than CIFAR-100, and in swapped channels the difference is larger.
+
+    An image's mean has a standard deviation of about 40, so that of 20,000 images has one of 0.3: two levels are seven times
+    that, and no random part of the right set is refused.
+    """
+    if len(images) >= 20_000:
+        found = Normalise(images).mean.flatten()
+        if (found - torch.tensor(mean)).abs().max() > 2:
+            return f"its mean colour is {[round(c, 1) for c in found.tolist()]} of 255, not {list(mean)}"
     return None
+
+
+def _leak(train: Tensor, test: Tensor, files: list[str] | None) -> str | None:
+    """Too many test images that are training images as well, compared exactly: the loops are C's, and take 0.1 s for CIFAR."""
+    tested = list(map(bytes, test.numpy()))
+    both = set(tested).intersection(map(bytes, train.numpy()))
+    found = [i for i, image in enumerate(tested) if image in both]
+    if len(found) <= SHARED * len(tested):
+        return None
+    return (f"{len(found)} of its {len(tested)} test images are training images too, bit for bit: "
+            + _some([files[i] if files else f"number {i}" for i in found]))
 
 
 # ---- a folder of images ----------------------------------------------------------------------------------------
@@ -168,8 +341,9 @@ def image_folder(folder: Path, size: int = 32) -> Dataset:
     """The images of folder/train and folder/test (or val), their shorter side resized to `size`, the middle cut out.
 
     Classes are in alphabetical order; the images of each part in the order of the last number in their names, then of class,
-    so that the first N are of all classes. Decoded once and kept beside the folder, in <folder>.<size>.pt, which is made anew
-    when a file of the folder has changed. Raises DataError naming what is wrong with the folder.
+    so that the first N are of all classes. Decoded once, of several processes by one, and kept beside the folder, in
+    <folder>.<size>.pt, which is made anew when a file of the folder has changed. Raises DataError naming what is wrong with
+    the folder.
     """
     classes, files = _listing(folder)
     stamp = hashlib.sha256()
@@ -178,20 +352,36 @@ def image_folder(folder: Path, size: int = 32) -> Dataset:
         stamp.update(f"{path.relative_to(folder)} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     resolved = folder.resolve()
     cache = resolved.with_name(f"{resolved.name}.{size}.pt")
-    if cache.exists():
-        content = _content(cache, "delete it, and it is made again")
-        if isinstance(content, dict) and content.pop("stamp", None) == stamp.hexdigest():
-            wrong = _fault(content, size)
-            if wrong:
-                raise DataError(f"{cache} is not what it should be: {wrong}; delete it, and it is made again")
-            return Dataset(**content)
-    dataset = Dataset(*_decode(folder, files[0], size), *_decode(folder, files[1], size), classes)
+
+    def kept() -> Dataset | None:
+        content = _content(cache, "delete it, and it is made again") if cache.exists() else None
+        if not isinstance(content, dict) or content.pop("stamp", None) != stamp.hexdigest():
+            return None
+        wrong = _fault(content, size)
+        if wrong:
+            raise DataError(f"{cache} is not what it should be: {wrong}; delete it, and it is made again")
+        return Dataset(**content)
+
+    def made() -> Dataset:
+        dataset = Dataset(*_decode(folder, files[0], size), *_decode(folder, files[1], size), classes)
+        wrong = _fault(dataset._asdict(), size, files=[str(path.relative_to(folder)) for path, _ in files[1]])
+        if wrong:
+            raise DataError(f"{folder} is no data set to learn from: {wrong}")
+        return dataset
+
+    dataset = kept()
+    if dataset:
+        return dataset
     try:
-        _write(cache, {**dataset._asdict(), "stamp": stamp.hexdigest()})
-    except (OSError, RuntimeError) as e:                        # torch.save raises a RuntimeError of its own
-        warnings.warn(f"cannot keep the decoded images in {cache}: {' '.join(str(e).split())}; the next run decodes them again",
+        with _alone(cache) as scratch:
+            dataset = kept()                                    # by a process that had the lock before, if it is there now
+            if not dataset:
+                dataset = made()
+                _write(cache, scratch, {**dataset._asdict(), "stamp": stamp.hexdigest()})
+    except OSError as e:
+        warnings.warn(f"cannot keep the decoded images in {cache}: {e.strerror or e}; the next run decodes them again",
                       stacklevel=2)
-    return dataset
+    return dataset or made()
 
 
 def _listing(folder: Path) -> tuple[list[str], list[list[tuple[Path, int]]]]:
@@ -253,6 +443,7 @@ def _decode(folder: Path, files: list[tuple[Path, int]], size: int) -> tuple[Ten
 
 
 def _some(names: list[str]) -> str:
+    names = [name if name.isprintable() else ascii(name) for name in names]     # a line stays one line
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

@@ -1,12 +1,27 @@
 """data.py: torchvision's real download against a server on this machine, the cache and its checks, and the augmentation."""
+import contextlib
+import errno
+import fcntl
 import functools
 import hashlib
 import http.server
 import io
+import json
+import os
 import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -15,61 +30,211 @@ import torchvision
 import data
 
 COUNTS = {"train": 20, "test": 10}
+CIFAR100 = torchvision.datasets.CIFAR100
+NAMES = data.CIFAR["cifar100"].classes
 
 
-@pytest.fixture
-def archive(tmp_path, monkeypatch):
-    """A CIFAR-100 archive of made images, served on 127.0.0.1, known to torchvision by its checksums."""
-    folder = tmp_path / "server"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    pixels = {part: generator.integers(0, 256, (n, 3072), dtype=np.uint8) for part, n in COUNTS.items()}
-    names = ["apple", *[f"thing {i}" for i in range(98)], "worm"]
-    content = {part: {"data": pixels[part], "fine_labels": [i % 100 for i in range(n)]} for part, n in COUNTS.items()}
-    content["meta"] = {"fine_label_names": names}
-    md5 = {}
-    with tarfile.open(folder / "cifar-100-python.tar.gz", "w:gz") as tar:
-        for name, value in content.items():
-            raw = pickle.dumps(value)
-            info = tarfile.TarInfo(f"cifar-100-python/{name}")
-            info.size, md5[name] = len(raw), hashlib.md5(raw).hexdigest()
-            tar.addfile(info, io.BytesIO(raw))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    cifar = torchvision.datasets.CIFAR100
-    monkeypatch.setattr(cifar, "url", f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz")
-    monkeypatch.setattr(cifar, "tgz_md5", hashlib.md5((folder / "cifar-100-python.tar.gz").read_bytes()).hexdigest())
-    monkeypatch.setattr(cifar, "train_list", [["train", md5["train"]]])
-    monkeypatch.setattr(cifar, "test_list", [["test", md5["test"]]])
-    monkeypatch.setattr(cifar, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
-    yield folder / "cifar-100-python.tar.gz", pixels, server
-    server.shutdown()
-    server.server_close()
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Sends a file in two halves, so that a test can stop in between. torchvision asks twice, first for redirections."""
 
+    def do_GET(self):
+        self.server.requests += 1
+        self.number = self.server.requests
+        if self.server.failures:
+            self.server.failures -= 1                           # hangs up without an answer
+        else:
+            super().do_GET()
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    promised = None                                             # a length larger than what is sent: a broken connection
+    def copyfile(self, source, outputfile):
+        raw = source.read()
+        if self.number <= self.server.damaged:
+            raw = raw[:-1] + b"?"
+        with contextlib.suppress(ConnectionError):              # who asked may be gone
+            outputfile.write(raw[:len(raw) // 2])
+            outputfile.flush()
+            self.server.halfway.release()
+            self.server.go_on.wait(60)
+            outputfile.write(raw[len(raw) // 2:])
+
+    def send_header(self, key, value):
+        super().send_header(key, str(self.server.promised or value) if key == "Content-Length" else value)
 
     def log_message(self, *args):
         pass
 
-    def send_header(self, key, value):
-        super().send_header(key, str(Quiet.promised) if key == "Content-Length" and Quiet.promised else value)
+
+class Archive:
+    """A CIFAR-100 archive of made images, served on 127.0.0.1, known to torchvision by its checksums."""
+
+    def __init__(self, folder: Path):
+        generator = np.random.default_rng(0)
+        self.pixels = {part: generator.integers(0, 256, (n, 3072), dtype=np.uint8) for part, n in COUNTS.items()}
+        content = {part: {"data": self.pixels[part], "fine_labels": list(range(n))} for part, n in COUNTS.items()}
+        self.members = {name: pickle.dumps(value) for name, value in {**content, "meta": {"fine_label_names": NAMES}}.items()}
+        self.path = folder / "cifar-100-python.tar.gz"
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+        self.server.requests, self.server.failures, self.server.damaged, self.server.promised = 0, 0, 0, None
+        self.server.halfway, self.server.go_on = threading.Semaphore(0), threading.Event()
+        self.server.go_on.set()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def pack(self, members: dict[str, bytes]) -> dict:
+        """Write the archive; what torchvision has to know to find everything in order."""
+        with tarfile.open(self.path, "w:gz") as tar:
+            for name, raw in members.items():
+                info = tarfile.TarInfo(f"cifar-100-python/{name}")
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+        md5 = {name: hashlib.md5(raw).hexdigest() for name, raw in members.items()}
+        return {"url": f"http://127.0.0.1:{self.server.server_port}/{self.path.name}",
+                "tgz_md5": hashlib.md5(self.path.read_bytes()).hexdigest(),
+                "train_list": [["train", md5["train"]]], "test_list": [["test", md5["test"]]],
+                "meta": {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]}}
+
+    def until_half_is_sent(self):
+        for _ in range(2):                                      # of the first answer, too, which torchvision throws away
+            assert self.server.halfway.acquire(timeout=60)
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    (tmp_path / "server").mkdir()
+    made = Archive(tmp_path / "server")
+    made.known = made.pack(made.members)
+    for key, value in made.known.items():
+        monkeypatch.setattr(CIFAR100, key, value)
+    monkeypatch.setattr(data, "PAUSES", (0, 0))
+    yield made
+    made.server.go_on.set()
+    made.server.shutdown()
+    made.server.server_close()
+
+
+CHILD = """
+import json, os, signal, sys
+import torch, torchvision
+import data
+for key, value in json.loads(sys.argv[1]).items():
+    setattr(torchvision.datasets.CIFAR100, key, value)
+data.PAUSES = 0, 0
+if "killed" in sys.argv:
+    def save(content, file):
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save
+print(data.digest(data.load("cifar100", sys.argv[2])))
+"""
+
+
+def child(archive, root, *arguments):
+    """Another process that loads CIFAR-100."""
+    return subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(archive.known), str(root), *arguments], text=True,
+                            cwd=Path(data.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@contextlib.contextmanager
+def loading(root, capsys):
+    """This process loads CIFAR-100 as well, and has to wait for it; `.result()` then is the data set."""
+    with ThreadPoolExecutor(1) as pool:
+        loaded, said = pool.submit(data.load, "cifar100", root), ""
+        while not loaded.done() and "\n" not in said:
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        assert said == f"waiting for another process that is making {root / 'cifar100.pt'}\n"
+        yield loaded
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_download_then_cache_then_no_network(archive, tmp_path):
-    _, pixels, server = archive
     root = tmp_path / "new" / "data"
     first = data.load("cifar100", root)
-    assert [p.name for p in root.iterdir()] == ["cifar100.pt"]
-    assert torch.equal(first.train_images, torch.from_numpy(pixels["train"]).view(-1, 3, 32, 32))
+    assert listing(root) == ["cifar100.pt"]
+    assert torch.equal(first.train_images, torch.from_numpy(archive.pixels["train"]).view(-1, 3, 32, 32))
     assert first.test_labels.tolist() == list(range(10)) and first.classes[-1] == "worm"
     assert first.train_images.dtype == torch.uint8 and first.train_labels.dtype == torch.int64
-    server.shutdown()
-    server.server_close()
+    requests = archive.server.requests
     for a, b in zip(first, data.load("cifar100", root)):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert archive.server.requests == requests
 
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+def test_of_two_processes_one_downloads_and_the_other_waits_and_says_so(archive, tmp_path, capsys):
+    root = tmp_path / "data"
+    archive.server.go_on.clear()
+    process = child(archive, root)
+    archive.until_half_is_sent()
+    with loading(root, capsys) as loaded:
+        archive.server.go_on.set()
+    assert process.communicate(timeout=60)[0] == data.digest(loaded.result()) + "\n"
+    assert archive.server.requests == 2 and listing(root) == ["cifar100.pt"]
+
+
+def test_who_waited_for_a_download_that_failed_tries_itself(archive, tmp_path, capsys):
+    root = tmp_path / "new" / "data"
+    archive.server.damaged = 4                                  # both tries of the other process
+    archive.server.go_on.clear()
+    process = child(archive, root)
+    archive.until_half_is_sent()
+    with loading(root, capsys) as loaded:
+        archive.server.go_on.set()
+    assert "DataError: cannot download" in process.communicate(timeout=60)[1]
+    assert len(loaded.result().train_images) == 20 and archive.server.requests == 6 and listing(root) == ["cifar100.pt"]
+
+
+def test_a_process_killed_in_a_download_blocks_nobody(archive, tmp_path, capsys):
+    root = tmp_path / "data"
+    archive.server.go_on.clear()
+    process = child(archive, root)
+    archive.until_half_is_sent()
+    while not (root / ".cifar100.pt.making" / archive.path.name).exists():
+        time.sleep(0.01)
+    with loading(root, capsys) as loaded:
+        process.kill()
+        archive.server.go_on.set()
+    process.communicate(timeout=60)
+    assert len(loaded.result().train_images) == 20 and listing(root) == ["cifar100.pt"]
+
+
+def test_what_a_killed_process_had_verified_is_not_downloaded_again(archive, tmp_path):
+    root = tmp_path / "data"
+    process = child(archive, root, "killed")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not (root / "cifar100.pt").exists() and archive.path.name in os.listdir(root / ".cifar100.pt.making")
+    assert archive.server.requests == 2
+    assert len(data.load("cifar100", root).train_images) == 20
+    assert archive.server.requests == 2 and listing(root) == ["cifar100.pt"]
+
+
+def test_a_cache_is_read_where_nothing_can_be_written_or_locked(archive, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    expected = data.digest(data.load("cifar100", root))
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    root.chmod(0o555)
+    try:
+        assert data.digest(data.load("cifar100", root)) == expected
+    finally:
+        root.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(filelock, "FileLock", None)
+        assert data.digest(data.load("cifar100", root)) == expected
+    failing(tmp_path / "new" / "data", "cannot use .*cifar100.pt: No locks available")
+    (root / "cifar100.pt").unlink()
+    failing(root, "No locks available")
+    assert listing(tmp_path) == ["data", "server", f"server/{archive.path.name}"]
+
+
+# ---- downloads that go wrong ----------------------------------------------------------------------------------------
 
 def failing(root, why):
     with pytest.raises(data.DataError, match=why) as caught:
@@ -78,86 +243,336 @@ def failing(root, why):
     return str(caught.value)
 
 
-def test_a_corrupt_download_is_refused_and_leaves_nothing(archive, tmp_path):
-    path, *_ = archive
-    raw = bytearray(path.read_bytes())
+def test_a_corrupt_download_is_refused_after_a_second_try_and_leaves_nothing(archive, tmp_path):
+    raw = bytearray(archive.path.read_bytes())
     raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
+    archive.path.write_bytes(raw)
     message = failing(tmp_path / "new" / "data", "cannot download cifar100 .*corrupt")
     assert "cifar100.pt" in message and not (tmp_path / "new").exists()
+    assert archive.server.requests == 2 * 2
 
 
-def test_an_interrupted_download_is_refused_and_leaves_nothing(archive, tmp_path, monkeypatch):
-    path, *_ = archive
-    monkeypatch.setattr(Quiet, "promised", path.stat().st_size)
-    path.write_bytes(path.read_bytes()[:5000])
+def test_an_interrupted_download_is_refused_and_leaves_nothing(archive, tmp_path):
+    archive.server.promised = archive.path.stat().st_size
+    archive.path.write_bytes(archive.path.read_bytes()[:5000])
     failing(tmp_path, "cannot download cifar100")
-    assert [p.name for p in tmp_path.iterdir()] == ["server"]
+    assert listing(tmp_path) == ["server", f"server/{archive.path.name}"]
 
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_network_error_is_tried_again_twice_with_a_growing_pause(archive, tmp_path, monkeypatch, failures):
+    pauses = []
+    monkeypatch.undo()
+    for key, value in archive.known.items():
+        monkeypatch.setattr(CIFAR100, key, value)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    archive.server.failures = failures
+    if failures == 3:
+        failing(tmp_path / "data", "cannot download cifar100 .*closed connection")
+    else:
+        data.load("cifar100", tmp_path / "data")
+    assert len(pauses) == 2 and 0 < pauses[0] < pauses[1]
+
+
+def test_what_is_not_there_is_not_asked_for_again(archive, tmp_path):
+    archive.path.unlink()
+    failing(tmp_path / "data", "cannot download cifar100 .*404")
+    assert archive.server.requests == 1
+
+
+def test_no_network_and_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PAUSES", (0, 0))
+    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    failing(tmp_path / "data", "cannot download cifar100 from http://127.0.0.1:9/")
+    assert not list(tmp_path.iterdir())
+
+
+class RunsCode:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("member", ["train", "test", "meta"])
+def test_a_pickle_is_not_opened_before_its_checksum_was_right(archive, tmp_path, monkeypatch, member):
+    marker, root = tmp_path / "marker", tmp_path / "data"
+    known = archive.pack({**archive.members, member: pickle.dumps(RunsCode(marker))})
+    failing(root, "cannot download .*corrupt")                  # another archive
+    monkeypatch.setattr(CIFAR100, "tgz_md5", known["tgz_md5"])
+    failing(root, "cannot download .*corrupt")                  # as if the archive's MD5 had been forged, too
+    assert not marker.exists() and not root.exists()
+    for key, value in known.items():
+        monkeypatch.setattr(CIFAR100, key, value)
+    with pytest.raises(TypeError):
+        data.load("cifar100", root)
+    assert marker.exists()                                      # so the trap works
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_no_member_of_an_archive_leaves_its_folder(archive, tmp_path, monkeypatch, trusted):
+    known = archive.pack({**archive.members, "../../../../outside": b"planted"})
+    if trusted:
+        monkeypatch.setattr(CIFAR100, "tgz_md5", known["tgz_md5"])
+    failing(tmp_path / "new" / "data", "cannot download .*outside the destination" if trusted else "cannot download .*corrupt")
+    assert listing(tmp_path) == ["server", f"server/{archive.path.name}"]
+
+
+# ---- writing the cache ----------------------------------------------------------------------------------------------
 
 def test_a_killed_write_leaves_no_half_cache(archive, tmp_path, monkeypatch):
     def dies(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", dies)
     with pytest.raises(KeyboardInterrupt):
         data.load("cifar100", tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["server"]
+    assert listing(tmp_path) == ["server", f"server/{archive.path.name}"]
 
 
-def test_no_network_and_no_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    failing(tmp_path / "data", "cannot download cifar100 from http://127.0.0.1:9/")
-    assert not list(tmp_path.iterdir())
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A write beyond it fails, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_cache_that_cannot_be_written_whole_is_one_line_and_leaves_the_rest_alone(archive, tmp_path, monkeypatch):
+    save = torch.save
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "cifar10.pt").write_text("kept")
+
+    def too_large(content, file):
+        with files_of_at_most(50_000):
+            save(content, file)
+
+    def folder_removed(content, file):
+        shutil.rmtree(root)
+        save(content, file)
+
+    def no_rename(old, new):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(new))
+
+    for target, name, broken, said in ((torch, "save", too_large, "File too large"),
+                                       (os, "replace", no_rename, "Permission denied"),
+                                       (torch, "save", folder_removed, "No such file or directory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, broken)
+            message = failing(root, f"cannot use .*cifar100.pt: {said}; choose another folder")
+        assert str(root / "cifar100.pt") in message
+        assert not root.exists() or listing(root) == ["cifar10.pt"] and (root / "cifar10.pt").read_text() == "kept"
+    assert listing(tmp_path) == ["server", f"server/{archive.path.name}"]
+
+
+@pytest.mark.parametrize("size", [40, 260])                     # KiB: not enough for the archive; for the cache
+def test_a_full_disk(archive, tmp_path, size):
+    root = tmp_path / "full"
+    root.mkdir()
+    mount = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", root],
+                                                     capture_output=True)
+    if not mount or mount.returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        (root / "mine").write_text("kept")
+        failing(root, "cannot use .*cifar100.pt: No space left on device; choose another folder")
+        assert listing(root) == ["mine"] and (root / "mine").read_text() == "kept"
+        assert archive.server.requests == 2
+    finally:
+        subprocess.run(["umount", root], check=True)
+
+
+def test_the_cache_is_on_the_disk_before_it_has_its_name(archive, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def record(fd):
+        assert not (tmp_path / "data" / "cifar100.pt").exists()
+        synced.append(os.fstat(fd).st_size)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", record)
+    data.load("cifar100", tmp_path / "data")
+    assert (tmp_path / "data" / "cifar100.pt").stat().st_size in synced
+
+
+# ---- what a cache may hold ------------------------------------------------------------------------------------------
+
+def pictures(n, seed=0):
+    return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def good():
-    return {"train_images": torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "train_labels": torch.tensor([0, 1, 2, 99]),
-            "test_images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "test_labels": torch.tensor([0, 1]),
-            "classes": ["apple", *[str(i) for i in range(98)], "worm"]}
+    return {"train_images": pictures(4), "train_labels": torch.tensor([0, 1, 2, 99]),
+            "test_images": pictures(2, 1), "test_labels": torch.tensor([0, 1]), "classes": list(NAMES)}
+
+
+def twice(c, count):
+    """`count` of 200 test images are training images."""
+    test = pictures(200, 2)
+    test[5:5 + count] = c["train_images"][:count]
+    return {**c, "test_images": test, "test_labels": torch.arange(200) % 100}
+
+
+def of_one_class(c, part, count):
+    return {**c, f"{part}_images": pictures(count, 3), f"{part}_labels": torch.full((count,), 7)}
 
 
 WRONG = {
-    "no dict": lambda c: [1, 2],
-    "a key missing": lambda c: c.pop("classes") and c,
-    "a key too many": lambda c: {**c, "extra": 1},
-    "float images": lambda c: {**c, "train_images": c["train_images"].float()},
-    "other size": lambda c: {**c, "test_images": torch.zeros(2, 3, 28, 28, dtype=torch.uint8)},
-    "no tensor": lambda c: {**c, "test_images": None},
-    "int32 labels": lambda c: {**c, "train_labels": c["train_labels"].int()},
-    "a label missing": lambda c: {**c, "train_labels": c["train_labels"][1:]},
-    "label too large": lambda c: {**c, "test_labels": torch.tensor([0, 100])},
-    "negative label": lambda c: {**c, "test_labels": torch.tensor([0, -1])},
-    "no images": lambda c: {**c, "test_images": c["test_images"][:0], "test_labels": c["test_labels"][:0]},
-    "cifar10": lambda c: {**c, "classes": ["airplane", *[str(i) for i in range(8)], "truck"]},
-    "classes no list": lambda c: {**c, "classes": "apple"},
+    "no dict": (lambda c: [1, 2], "must be a dict"),
+    "a key missing": (lambda c: c.pop("classes") and c, "must be a dict"),
+    "a key too many": (lambda c: {**c, "extra": 1}, "must be a dict"),
+    "float images": (lambda c: {**c, "train_images": c["train_images"].float()}, "must be uint8"),
+    "other size": (lambda c: {**c, "test_images": torch.zeros(2, 3, 28, 28, dtype=torch.uint8)}, "must be uint8"),
+    "no tensor": (lambda c: {**c, "test_images": None}, "must be uint8"),
+    "sparse images": (lambda c: {**c, "test_images": c["test_images"].to_sparse()}, "must be uint8"),
+    "images without memory": (lambda c: {**c, "test_images": c["test_images"].to("meta")}, "must be uint8"),
+    "int32 labels": (lambda c: {**c, "train_labels": c["train_labels"].int()}, "must be int64"),
+    "a label missing": (lambda c: {**c, "train_labels": c["train_labels"][1:]}, "one for each image"),
+    "label too large": (lambda c: {**c, "test_labels": torch.tensor([0, 100])}, "from 0 to 99"),
+    "negative label": (lambda c: {**c, "test_labels": torch.tensor([0, -1])}, "from 0 to 99"),
+    "no images": (lambda c: {**c, "test_images": c["test_images"][:0], "test_labels": c["test_labels"][:0]}, "from 0 to 99"),
+    "cifar10": (lambda c: {**c, "classes": data.CIFAR["cifar10"].classes}, "it has 10 classes, airplane, automobile"),
+    "another class in between": (lambda c: {**c, "classes": [*NAMES[:41], "lawnmower", *NAMES[42:]]},
+                                 "its class 41 is called lawnmower, not lawn_mower"),
+    "classes in another order": (lambda c: {**c, "classes": NAMES[::-1]}, "its class 0 is called worm, not apple"),
+    "a name of two lines": (lambda c: {**c, "classes": ["app\nle", *NAMES[1:]]}, r"its class 0 is called 'app\nle', not apple"),
+    "classes no list": (lambda c: {**c, "classes": "apple"}, "must be a list of names"),
+    "all black": (lambda c: {**c, "train_images": torch.zeros_like(c["train_images"])}, "its 4 train images are all the same"),
+    "one test image": (lambda c: {**c, "test_images": c["test_images"][:1].repeat(2, 1, 1, 1)}, "its 2 test images are all"),
+    "too many of a class": (lambda c: of_one_class(c, "train", 501), "it has 501 train images of one class, of 500"),
+    "too many to test": (lambda c: of_one_class(c, "test", 101), "it has 101 test images of one class, of 100"),
+    "test images trained on": (lambda c: twice(c, 3),
+                               "3 of its 200 test images are training images too, bit for bit: number 5, number 6, number 7;"),
+    "few images, all trained on": (lambda c: {**c, "test_images": c["train_images"][2:]}, "2 of its 2 test images"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_cache_of_something_else_is_refused_and_kept(tmp_path, wrong):
-    torch.save(good(), tmp_path / "cifar100.pt")
-    data.load("cifar100", tmp_path)
-    torch.save(WRONG[wrong](good()), tmp_path / "cifar100.pt")
+    change, said = WRONG[wrong]
+    torch.save(change(good()), tmp_path / "cifar100.pt")
     raw = (tmp_path / "cifar100.pt").read_bytes()
-    assert "delete it" in failing(tmp_path, "does not hold cifar100")
+    message = failing(tmp_path, "does not hold cifar100")
+    assert said in message and "delete it" in message
     assert (tmp_path / "cifar100.pt").read_bytes() == raw
 
 
-class Malicious:
-    def __reduce__(self):
-        return print, ("a cache must never run code",)
+@pytest.mark.parametrize("right", [lambda c: c, lambda c: twice(c, 2), lambda c: of_one_class(c, "train", 500),
+                                   lambda c: of_one_class(c, "test", 100)])
+def test_a_cache_that_may_be_a_part_of_the_real_set_is_read(tmp_path, right):
+    """CIFAR-100 itself has one test image in a thousand among its training images."""
+    torch.save(right(good()), tmp_path / "cifar100.pt")
+    data.load("cifar100", tmp_path)
 
 
-@pytest.mark.parametrize("raw", ["truncated", "empty", "text", "pickle"])
-def test_a_damaged_cache_is_refused(tmp_path, raw, capfd):
+def test_the_colours_of_cifar10_are_not_those_of_cifar100():
+    def coloured(mean, n=20_000):
+        noise = torch.randint(-40, 41, (n, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+        return (torch.tensor(mean).view(3, 1, 1) + noise).round().to(torch.uint8)
+
+    cifar10, cifar100 = (data.CIFAR[name].mean for name in ("cifar10", "cifar100"))
+    for mean in (cifar10, cifar100):
+        assert data._odd_colours(coloured(mean), mean) is None
+        assert data._odd_colours(coloured([c + 1 for c in mean]), mean) is None             # a part of the set
+        assert "its mean colour is" in data._odd_colours(coloured(mean[::-1]), mean)        # blue, green, red
+    assert "its mean colour is" in data._odd_colours(coloured(cifar10), cifar100)
+    assert "its mean colour is" in data._odd_colours(coloured(cifar100), cifar10)
+    assert data._odd_colours(coloured(cifar10, 100), cifar100) is None                      # too few to tell
+
+
+def test_cifar10_under_the_name_of_cifar100_is_refused_by_its_colours(tmp_path):
+    n = 20_000
+    images = torch.randint(120, 130, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.save({**good(), "train_images": images, "train_labels": torch.arange(n) % 100}, tmp_path / "cifar100.pt")
+    failing(tmp_path, "does not hold cifar100: its mean colour is")
+
+
+def test_a_download_is_checked_like_a_cache(archive, tmp_path, monkeypatch):
+    content = {"data": archive.pixels["train"][:10], "fine_labels": list(range(10))}
+    for key, value in archive.pack({**archive.members, "test": pickle.dumps(content)}).items():
+        monkeypatch.setattr(CIFAR100, key, value)
+    failing(tmp_path / "data", "10 of its 10 test images are training images too")
+    assert not (tmp_path / "data").exists()
+
+
+DAMAGE = {
+    "truncated": lambda raw: raw[:9000],
+    "empty": lambda raw: b"",
+    "text": lambda raw: b"Not Found",
+    "a pixel changed": lambda raw: raw.replace(bytes(pictures(4)[1, 0, 0]), bytes(32)),
+    "an older format": lambda raw: pickle.dumps([1, 2]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_refused(tmp_path, damage):
     file = tmp_path / "cifar100.pt"
-    torch.save({**good(), "classes": Malicious()} if raw == "pickle" else good(), file)
-    if raw != "pickle":
-        file.write_bytes({"truncated": file.read_bytes()[:9000], "empty": b"", "text": b"Not Found"}[raw])
+    torch.save(good(), file)
+    raw = file.read_bytes()
+    file.write_bytes(DAMAGE[damage](raw))
+    assert file.read_bytes() != raw
     failing(tmp_path, "is damaged or no data set at all")
-    assert "never run code" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_cache_never_runs_code(tmp_path, zipped):
+    trap = {**good(), "classes": RunsCode(tmp_path / "marker")}
+    torch.save(trap, tmp_path / "cifar100.pt", _use_new_zipfile_serialization=zipped)
+    failing(tmp_path, "is damaged or no data set at all")
+    assert not (tmp_path / "marker").exists()
+    torch.load(tmp_path / "cifar100.pt", weights_only=False)
+    assert (tmp_path / "marker").exists()                       # so the trap works
+
+
+def test_a_pickle_of_garbage_is_refused(tmp_path):
+    """Inside an intact archive, where no checksum is wrong: pickle then fails in ways of its own."""
+    file = tmp_path / "cifar100.pt"
+    torch.save(good(), file)
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = [name for name in members if name.endswith("data.pkl")]
+    for garbage in (b"", b".", b"0.", b"\x80\x02J\x00.", b"\x80\x02K\x01Q.", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
+                    b"\x80\x02ctorch._utils\n_rebuild_parameter\n(K\x01K\x00NtR.", members[name][:100]):
+        with zipfile.ZipFile(file, "w") as archive:
+            for member, raw in {**members, name: garbage}.items():
+                archive.writestr(member, raw)
+        failing(tmp_path, "is damaged or no data set at all")
+
+
+def test_the_digest_changes_with_anything_and_is_the_same_everywhere():
+    def dataset():
+        labels = torch.arange(4) % 2
+        images = torch.arange(4 * 48).view(4, 3, 4, 4).to(torch.uint8)
+        return data.Dataset(images, labels, images[:2] + 1, labels[:2].clone(), ["ant", "bee"])
+
+    first = dataset()
+    assert data.digest(first) == data.digest(dataset()) == PINNED
+    assert data.digest(first._replace(train_images=first.train_images.contiguous(memory_format=torch.channels_last))) == PINNED
+    others = {PINNED}
+    for part in data.Dataset._fields[:4]:
+        for at in (0, -1):
+            changed = dataset()
+            getattr(changed, part).view(-1)[at] ^= 1
+            others.add(data.digest(changed))
+    for classes in (["ant", "bea"], ["antb", "ee"], ["bee", "ant"], ["ant", "bee", "cow"]):
+        others.add(data.digest(first._replace(classes=classes)))
+    others.add(data.digest(first._replace(train_images=first.train_images.flip(0), train_labels=first.train_labels.flip(0))))
+    others.add(data.digest(first._replace(train_images=first.train_images.view(4, 3, 2, 8))))
+    others.add(data.digest(first._replace(train_images=first.train_images[:3], train_labels=first.train_labels[:3])))
+    assert len(others) == 1 + 8 + 4 + 3
+    assert all(len(each) == 16 and set(each) <= set("0123456789abcdef") for each in others)
+
+
+PINNED = "b621c4a1608ed547"
 
 
 def test_unknown_name_and_unusable_folder(tmp_path):
@@ -165,6 +580,7 @@ def test_unknown_name_and_unusable_folder(tmp_path):
         data.load("mnist", tmp_path)
     (tmp_path / "file").write_text("")
     failing(tmp_path / "file" / "data", "cannot use")
+    failing("/proc/data", "cannot use /proc/data/cifar100.pt")
 
 
 def test_gratings_are_made_from_the_seed():
@@ -194,8 +610,11 @@ def test_held_out_images_are_training_images_that_are_not_trained_on():
     assert torch.equal(torch.cat([held.train_images, held.test_images]), whole.train_images)
     assert torch.equal(torch.cat([held.train_labels, held.test_labels]), whole.train_labels)
     assert len(held.test_labels) == 30
-    with pytest.raises(data.DataError, match="none would be left"):
-        data.hold_out(whole, 100)
+    rows = [set(map(bytes, part.numpy())) for part in (held.train_images, held.test_images)]
+    assert len(rows[0]) == 70 and len(rows[1]) == 30 and not rows[0] & rows[1]
+    for count in (100, 101, 0, -1):
+        with pytest.raises(data.DataError, match="none would be left"):
+            data.hold_out(whole, count)
 
 
 def test_normalise():

@@ -1,7 +1,16 @@
 """--dataset FOLDER: the images and labels that were written, in a stable order, cached, and every fault named."""
+import errno
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import filelock
 import image_tree
 import pytest
 import torch
@@ -35,7 +44,7 @@ def test_the_same_images_labels_and_order_as_were_written(tree):
 
 def test_it_trains_like_the_data_set_that_it_was_written_from(tmp_path, monkeypatch):
     """100 classes in a cifar100.pt, and the same as a tree of PNGs: the same log to the last bit."""
-    classes = ["apple", *[f"b{i:02}" for i in range(98)], "worm"]
+    classes = data.CIFAR["cifar100"].classes
     content = made(classes, 200)
     content["test_labels"] = torch.arange(100)
     torch.save(content, tmp_path / "cifar100.pt")
@@ -76,10 +85,11 @@ def test_decoded_once_and_again_when_the_folder_has_changed(tree, monkeypatch):
 
 
 def test_other_sizes_shapes_and_modes_become_square_rgb(tmp_path):
-    for part in ("train", "test"):
-        for name, mode, size in (("a", "L", (64, 48)), ("b", "RGBA", (20, 90)), ("c", "P", (48, 48))):
+    for name, mode, size in (("a", "L", (64, 48)), ("b", "RGBA", (20, 90)), ("c", "P", (48, 48))):
+        for part in ("train", "test"):
             (tmp_path / "t" / part / name).mkdir(parents=True)
-            Image.new(mode, size, 200 if mode == "L" else 0).save(tmp_path / "t" / part / name / "x.png")
+        Image.new(mode, size, 200 if mode == "L" else 0).save(tmp_path / "t" / "train" / name / "x.png")
+        Image.new("L", size, size[0]).save(tmp_path / "t" / "test" / name / "x.png")
     dataset = data.load(str(tmp_path / "t"), size=24)
     assert dataset.train_images.shape == (3, 3, 24, 24) and (dataset.train_images[0] == 200).all()
     # a wide image keeps its middle: the left and right quarters are cut off
@@ -100,7 +110,7 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
     for part in ("val", "test"):
         (folder / part / "images").mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (64, 64), (0, 99 * i, 0)).save(folder / part / "images" / f"{part}_{i}.JPEG")
+            Image.new("RGB", (64, 64), (0, 99 * i, 50)).save(folder / part / "images" / f"{part}_{i}.JPEG")
     (folder / "val" / "val_annotations.txt").write_text(f"val_0.JPEG\t{names[1]}\t0\t32\t44\t62\n"
                                                         f"val_1.JPEG\t{names[0]}\t1\t1\t2\t2\n")
     dataset = data.load(str(folder), size=64)
@@ -134,6 +144,14 @@ FAULTS = {
     "nothing to test": (lambda tree: [p.unlink() for p in (tree / "test").rglob("*.png")], "holds no images (.jpg"),
     "unreadable": (lambda tree: [(tree / f"train/ant/{i:05}.png").write_bytes(b"no image") for i in (0, 3, 6)],
                    "cannot be read as images: train/ant/00000.png, train/ant/00003.png, train/ant/00006.png; mend"),
+    "test images trained on": (lambda tree: [(tree / "test/cow" / name).write_bytes((tree / "train/cow/00005.png").read_bytes())
+                                             for name in ("00002.png", "00005.png")],
+                               "2 of its 6 test images are training images too, bit for bit: test/cow/00002.png, "
+                               "test/cow/00005.png"),
+    "all images the same": (lambda tree: [Image.new("RGB", (40, 30)).save(path) for path in (tree / "train").rglob("*.png")],
+                            "its 12 train images are all the same"),
+    "a name of two lines": (lambda tree: (tree / "train/ant/00000.png").with_name("a\nb.png").write_bytes(b"no image"),
+                            r"cannot be read as images: 'train/ant/a\nb.png'; mend"),
     "truncated": (lambda tree: (tree / "test/cow/00002.png").write_bytes((tree / "test/cow/00002.png").read_bytes()[:200]),
                   "cannot be read as images: test/cow/00002.png; mend"),
 }
@@ -156,15 +174,86 @@ def test_a_fault_is_named_and_nothing_is_kept(fault, tree, capsys, monkeypatch):
     assert not list(tree.parent.glob("*.pt")) and not list(tree.parent.glob(".*")) and not (tree.parent / "runs").exists()
 
 
-def test_a_cache_that_is_damaged_is_refused_and_one_that_cannot_be_written_is_done_without(tree, monkeypatch):
+def test_a_cache_that_is_damaged_or_cannot_be_right_is_refused(tree):
     cache = tree.with_name("my images.32.pt")
     cache.write_bytes(b"no cache")
     with pytest.raises(data.DataError, match="is damaged or no data set at all"):
         data.load(str(tree))
     cache.unlink()
-    monkeypatch.setattr(data, "_write", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.warns(UserWarning, match="cannot keep the decoded images"):
-        assert len(data.load(str(tree)).train_images) == 12
+    data.load(str(tree))
+    content = torch.load(cache, weights_only=True)
+    torch.save({**content, "test_images": content["train_images"][:6]}, cache)
+    with pytest.raises(data.DataError, match="is not what it should be: 6 of its 6 test images .*; delete it, and it is made"):
+        data.load(str(tree))
+
+
+@pytest.mark.parametrize("what", ["lock", "write"])
+def test_a_cache_that_cannot_be_made_is_done_without(tree, monkeypatch, what):
+    """An older cache stays as it is, and nothing is decoded twice in a run."""
+    data.load(str(tree))
+    cache, decoded = tree.with_name("my images.32.pt"), []
+    old, decode = cache.read_bytes(), data._decode
+    os.utime(tree / "train/ant/00000.png", (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_decode", lambda *args: decoded.append(args) or decode(*args))
+        if what == "lock":
+            patch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+        else:
+            patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("unexpected pos\n64")))
+        said = "No locks available" if what == "lock" else "unexpected pos 64"
+        with pytest.warns(UserWarning, match=f"cannot keep the decoded images in .*32.pt: {said}; the next run") as warned:
+            assert len(data.load(str(tree)).train_images) == 12
+        assert "\n" not in str(warned[0].message)
+    assert len(decoded) == 2 and cache.read_bytes() == old
+    assert sorted(path.name for path in tree.parent.iterdir()) == ["my images", "my images.32.pt"]
+    data.load(str(tree))
+    with monkeypatch.context() as patch:
+        patch.setattr(filelock, "FileLock", None)               # a cache that is right is read without a lock
+        patch.setattr(data, "_decode", None)
+        data.load(str(tree))
+
+
+CHILD = """
+import os, signal, sys
+import torch
+import data
+decode = data._decode
+
+def slow(*args):
+    print("decoding", flush=True)
+    sys.stdin.readline()
+    return decode(*args)
+
+def save(content, file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+data._decode = slow
+if sys.argv[2] == "killed":
+    torch.save = save
+data.load(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("end", ["done", "killed"])
+def test_of_two_processes_one_decodes_and_the_other_waits_and_says_so(tree, monkeypatch, capsys, end):
+    process = subprocess.Popen([sys.executable, "-c", CHILD, str(tree), end], text=True, cwd=Path(data.__file__).parent,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "decoding\n"
+    decoded, decode, said = [], data._decode, ""
+    monkeypatch.setattr(data, "_decode", lambda *args: decoded.append(args) or decode(*args))
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(data.load, str(tree))
+        while not loaded.done() and "\n" not in said:
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        process.communicate("\n\n", timeout=60)                 # training images, test images
+    assert said == f"waiting for another process that is making {tree.with_name('my images.32.pt')}\n"
+    assert process.returncode == (0 if end == "done" else -signal.SIGKILL)
+    assert len(decoded) == (0 if end == "done" else 2)          # what the other has made is used; half of it is not
+    assert torch.equal(loaded.result().train_images, made()["train_images"])
+    assert sorted(path.name for path in tree.parent.iterdir()) == ["my images", "my images.32.pt"]
 
 
 def test_the_stamp_reads_no_file(tree):
