@@ -382,11 +382,12 @@ def test_any_file_as_a_rule(tmp_path_factory, content):
     assert str(file) in rule_or_line(f"{file}:MyRule")
 
 
-@given(st.lists(st.tuples(st.integers(0, len(SOURCE)), st.integers(0, 6), PIECES), min_size=1, max_size=2))
-def test_a_rule_with_a_few_characters_changed(tmp_path_factory, edits):
+@given(st.lists(st.tuples(st.integers(0, len(SOURCE)), st.integers(0, 6), PIECES), min_size=1, max_size=2),
+       st.sampled_from(["MyRule", "MyRule", "fa", ""]))
+def test_a_rule_with_a_few_characters_changed(tmp_path_factory, edits, name):
     source, file = SOURCE, tmp_path_factory.getbasetemp() / "edited_rule.py"
     for place, removed, piece in edits:
         source = source[:place] + piece + source[place + removed:]
     file.write_text(source, encoding="utf-8")
-    said = rule_or_line(f"{file}:MyRule")
+    said = rule_or_line(f"{file}:{name}")
     assert said is None or str(file) in said
