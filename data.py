@@ -21,6 +21,7 @@ and next to no test image among the training images. `digest` gives a data set a
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import json
@@ -171,7 +172,7 @@ def _download(name: str, cache: Path, scratch: Path) -> Dataset:
     return dataset
 
 
-def _fetch(kind: type, folder: Path) -> None:
+def _fetch(kind, folder: Path) -> None:
     """The verified archive, unless a process that was killed has left it here already.
 
     A network error is tried again after each of PAUSES. A wrong checksum is, once: a connection that breaks off looks like
@@ -181,7 +182,8 @@ def _fetch(kind: type, folder: Path) -> None:
     mismatches = 0
     for pause in (*PAUSES, None):
         try:
-            return download_url(kind.url, folder, kind.filename, kind.tgz_md5)
+            download_url(kind.url, folder, kind.filename, kind.tgz_md5)
+            break
         except NETWORK as e:
             if pause is None or isinstance(e, urllib.error.HTTPError) and e.code < 500:     # "not found" will not pass
                 raise
@@ -228,7 +230,12 @@ def _locked(lock: Path, cache: Path) -> filelock.BaseFileLock:
         try:
             held.acquire(timeout=patience)
             break
-        except filelock.Timeout:
+        except filelock.Timeout as e:
+            if not lock.exists():                               # released a moment ago, or a folder where no file can be made
+                if attempt == 9:
+                    raise FileNotFoundError(errno.ENOENT, "no lock file can be made beside it") from e
+                time.sleep(0.05)
+                continue
             print(f"waiting for another process that is making {cache}", file=sys.stderr, flush=True)
             patience = -1                                       # for as long as it takes
         except FileNotFoundError:                               # who had the lock has failed and removed the folder

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -31,7 +32,7 @@ WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64, "resnet34": 64, "vgg11": 64}   
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")               # one line; the usage is behind --help
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")             # one line; the usage is behind --help
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
@@ -42,9 +43,10 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     def convert(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):                     # not a number, or an integer too large for any float
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}") from None
+        if not finite or not low <= value <= high or (above and value == low):
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
     return convert
@@ -157,7 +159,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.resume and args.rule_digest != args.saved["rule_digest"]:
         p.error(f"--resume {args.resume}: {args.rule} has changed since; a run goes on only with the rule that it began with")
     recipe = RECIPES.get(args.dataset, RECIPES["cifar100"])         # a folder of images is treated like CIFAR-100
-    if args.dataset not in data.NAMES and not Path(args.dataset).is_dir():
+    if args.dataset not in data.NAMES and not os.path.isdir(args.dataset):
         p.error(f"--dataset {args.dataset}: choose from {', '.join(data.NAMES)}, or a folder of images, which this is not")
     if args.image_size and args.dataset in data.NAMES:
         p.error(f"--image-size has no effect on {args.dataset}, whose images are 32 pixels wide")

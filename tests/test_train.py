@@ -327,7 +327,7 @@ WRONG = {
     "--dataset cifar100 --data list": "it must be a dict",
     "--dataset cifar100 --data labels": "train_labels must be from 0 to 99",
     "--dataset cifar100 --data floats": "train_images must be uint8",
-    "--dataset cifar100 --data /proc": "/proc",
+    "--dataset cifar100 --data /proc": "cannot use /proc/cifar100.pt: no lock file can be made beside it",
     "--image-size 7": "not an integer of at least 8",
     "--image-size 64": "no effect on gratings",
     "--subset 1e3": "not an integer",
@@ -378,8 +378,9 @@ def test_wrong_input_is_one_line_and_status_2(wrong, tmp_path, capsys, monkeypat
     torch.save({**cache, "classes": ["airplane", *"12345678", "truck"]}, tmp_path / "other" / "cifar100.pt")
     raw = (made_cifar100(tmp_path / "truncated") / "cifar100.pt").read_bytes()
     (tmp_path / "truncated" / "cifar100.pt").write_bytes(raw[:10000])
-    for folder, content in {"code": {"train_images": Code()}, "list": [cache], "labels": {**cache, "train_labels":
-                            cache["train_labels"] + 5}, "floats": {**cache, "train_images": cache["train_images"].float()}}.items():
+    spoilt = {"code": {"train_images": Code()}, "list": [cache], "labels": {**cache, "train_labels": cache["train_labels"] + 5},
+              "floats": {**cache, "train_images": cache["train_images"].float()}}
+    for folder, content in spoilt.items():
         (tmp_path / folder).mkdir()
         torch.save(content, tmp_path / folder / "cifar100.pt")
     (tmp_path / "garbage").mkdir()
