@@ -509,7 +509,7 @@ def run(args: argparse.Namespace) -> int:
         return complain(e)
     except BrokenPipeError:                                     # `python train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # or Python complains once more in the end
-        return complain(f"nobody reads the output any more; finished epochs are in {folder}", 141)
+        return complain(f"nobody reads the output any more{f'; finished epochs are in {folder}' if folder else ''}", 141)
     except speed.RecordError as e:
         return complain(f"{e}; add --no-graph")
     except KeyboardInterrupt:
