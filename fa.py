@@ -346,11 +346,16 @@ class Attachment:
         for layer in self.layers.values():
             self.rule.before_step(layer)
 
-    def digest(self) -> str:
-        """Hexadecimal, of all feedback weights: the same in the end as in the beginning, unless the rule `learns`."""
+    def digest(self) -> str | None:
+        """Hexadecimal, of all feedback weights: the same in the end as in the beginning, unless the rule `learns`.
+
+        None while some are not drawn yet.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for name, layer in self.layers.items():
             for made in sorted(self._made[name]):
+                if getattr(layer, made).numel() == 0:
+                    return None
                 digest.update(f"{name}.{made}".encode())
                 digest.update(getattr(layer, made).detach().cpu().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

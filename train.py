@@ -326,7 +326,7 @@ class Log:
     def checkpoint(self, trainer: Trainer) -> None:
         """After an epoch, or within one. Raises RuleFileError if the rule changed its feedback weights and does not say so."""
         now = trainer.handle.digest()
-        if self.feedback not in (None, now) and not trainer.handle.rule.learns:
+        if self.feedback and self.feedback != now and not trainer.handle.rule.learns:
             raise rulefile.RuleFileError(f"{self.args.rule}: the feedback weights have changed since the run began; expected a "
                                          "rule that leaves them alone, or says learns = True")
         self.feedback = now
@@ -423,6 +423,8 @@ def begin(args: argparse.Namespace, trainer: Trainer, held: contextlib.ExitStack
     log = Log(args, None)
     if state:
         log.load(state, trainer)
+    else:
+        log.feedback = trainer.handle.digest()
     if not speaks:
         return log
     log.folder = args.resume if args.resume and not args.out else runs.create(args.out, "-".join(parts))

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 QUICK = ["--subset", "64", "--width", "4", "--epochs", "1", "--batch-size", "32", "--device", "cpu"]
 ENVIRONMENTS = {
-    "ascii terminal, C locale, no home": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii",
-                                          "HOME": "/dev/null", "MPLCONFIGDIR": ""},
+    "ascii terminal, C locale, no home": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": "/dev/null",
+                                          "PYTHONIOENCODING": "ascii", "MPLCONFIGDIR": ""},
     "German, Latin-1, hash seed": {"LC_ALL": "de_DE.ISO-8859-1", "LANG": "de_DE", "PYTHONHASHSEED": "123", "TERM": "dumb"},
     "no display, window backend": {"DISPLAY": ":99", "MPLBACKEND": "TkAgg", "PYTHONDEVMODE": "", "PYTHONWARNINGS": "ignore",
                                    "PYTHONHASHSEED": "random", "TMPDIR": "/nonexistent"},
@@ -19,9 +19,9 @@ ENVIRONMENTS = {
 
 
 def start(cwd, *args, **env):
-    environment = {key: value for key, value in {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}.items()
-                   if value != ""}
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, stdin=subprocess.DEVNULL,
+                            env={key: value for key, value in environment.items() if value or key == "CUDA_VISIBLE_DEVICES"},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

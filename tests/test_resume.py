@@ -430,6 +430,7 @@ def test_feedback_that_changes_in_secret_stops_the_run(capsys):
     assert train.main([*SMALL, "--rule", "mine.py:Mine", "--device", "cpu", "--out", "run"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "the feedback weights have changed since the run began" in err
+    assert len(Path("run/log.jsonl").read_text().splitlines()) == 1 and not Path("run/checkpoint.pt").exists()
     Path("mine.py").write_text(Path("mine.py").read_text().replace("(fa.FA):\n", "(fa.FA):\n    learns = True\n"))
     assert train.main([*SMALL, "--rule", "mine.py:Mine", "--device", "cpu", "--out", "again"]) == 0
     assert fa.KolenPollack.learns and not fa.FA.learns
