@@ -81,7 +81,7 @@ class Muon(torch.optim.Optimizer):
 
     Step for step what torch.optim.Muon (2.9 and later, adjust_lr_fn="original") does to a matrix; that one refuses
     convolutions and takes one matrix at a time, this one stacks equal shapes. `p.grad` is never written to.
-    Raises ValueError for a hyperparameter out of range, or a parameter of fewer than two dimensions.
+    Raises ValueError for a hyperparameter out of range, or a parameter of fewer than two dimensions or of no element.
     """
 
     def __init__(self, params: Iterable, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True,
@@ -97,7 +97,7 @@ class Muon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if p.dim() < 2:
+            if p.dim() < 2 or p.numel() == 0:
                 raise ValueError(f"Muon orthogonalises matrices; a parameter of shape {tuple(p.shape)} belongs to "
                                  "another optimiser (see muon.split)")
 

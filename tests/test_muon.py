@@ -1,6 +1,7 @@
 """muon.py against torch.optim.Muon, an SVD, and itself."""
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -151,9 +152,10 @@ def test_hyperparameters_out_of_range(kwargs):
         muon.Muon(parameters([(2, 2)]), **kwargs)
 
 
-def test_a_vector_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(3,\)"):
-        muon.Muon([nn.Parameter(torch.zeros(3))])
+@pytest.mark.parametrize("shape", [(3,), (), (0, 3), (3, 0)], ids=str)
+def test_what_is_no_matrix_is_refused(shape):
+    with pytest.raises(ValueError, match=f"shape {re.escape(str(shape))}"):
+        muon.Muon([nn.Parameter(torch.zeros(shape))])
 
 
 @pytest.mark.parametrize("norm", ["batch", None])
