@@ -116,15 +116,15 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             orthogonal: dict[int, Tensor] = {}                              # index of the parameter -> O
             for stack in _stacks(params, self._share(params)):              # one batched product for all of a shape
-                rows = [_matrix(updates[i], params[i]) for i in stack]
-                U = torch.empty(len(rows), *rows[0].shape, dtype=group["dtype"], device=rows[0].device)
-                torch._foreach_copy_(list(U), rows)                         # (k, out, in·kh·kw)
+                U = torch.empty(len(stack), *_flat(params[stack[0]]), dtype=group["dtype"], device=params[stack[0]].device)
+                # One pass: the layout, channels last perhaps, and the dtype are changed on the way into the stack.
+                torch._foreach_copy_([row.view(params[i].shape) for i, row in zip(stack, U)], [updates[i] for i in stack])
                 orthogonal.update(zip(stack, newton_schulz(U, group["steps"], group["dtype"]).to(params[stack[0]].dtype)))
             if self.divide:
                 _exchange(params, orthogonal)
             for stack in _stacks(params, range(len(params))):
-                out, fan_in = len(params[stack[0]]), params[stack[0]].numel() // len(params[stack[0]])
-                step, alpha = [_weight(orthogonal[i], params[i]) for i in stack], -group["lr"] * math.sqrt(max(1, out / fan_in))
+                out, fan_in = _flat(params[stack[0]])
+                step, alpha = [orthogonal[i].view(params[i].shape) for i in stack], -group["lr"] * math.sqrt(max(1, out / fan_in))
                 if isinstance(alpha, Tensor):
                     step, alpha = torch._foreach_mul(step, alpha), 1
                 torch._foreach_add_([params[i] for i in stack], step, alpha=alpha)
@@ -154,24 +154,9 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_lerp(grads, momenta, group["momentum"])) if group["nesterov"] else momenta
 
 
-def _channels_last(weight: Tensor) -> bool:
-    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def _matrix(update: Tensor, weight: Tensor) -> Tensor:
-    """(out, in, kh, kw) -> (out, in·kh·kw), with the columns in the order of the weight's memory, so that nothing is copied.
-
-    Newton–Schulz gives the same in any order: with a permutation Π, (XΠ)(XΠ)ᵀ = XXᵀ.
-    """
-    return (update.movedim(1, -1) if _channels_last(weight) else update).flatten(1)
-
-
-def _weight(matrix: Tensor, weight: Tensor) -> Tensor:
-    """The way back: (out, in·kh·kw) -> the shape and layout of the weight."""
-    if not _channels_last(weight):
-        return matrix.view(weight.shape)
-    out, channels, height, width = weight.shape
-    return matrix.view(out, height, width, channels).movedim(-1, 1)
+def _flat(weight: Tensor) -> tuple[int, int]:
+    """Shape of the matrix: (out, in·kh·kw)."""
+    return len(weight), weight.numel() // len(weight)
 
 
 def _stacks(params: list[Tensor], indices: Iterable[int]) -> list[list[int]]:
@@ -179,7 +164,7 @@ def _stacks(params: list[Tensor], indices: Iterable[int]) -> list[list[int]]:
     stacks = defaultdict(list)
     for i in indices:
         p = params[i]
-        stacks[len(p), p.numel() // len(p), p.dtype, p.device].append(i)
+        stacks[(*_flat(p), p.dtype, p.device)].append(i)
     return list(stacks.values())
 
 
