@@ -124,7 +124,8 @@ class Muon(torch.optim.Optimizer):
                 _exchange(params, orthogonal)
             for stack in _stacks(params, range(len(params))):
                 out, fan_in = _flat(params[stack[0]])
-                step, alpha = [orthogonal[i].view(params[i].shape) for i in stack], -group["lr"] * math.sqrt(max(1, out / fan_in))
+                step = [orthogonal[i].view(params[i].shape) for i in stack]
+                alpha = -group["lr"] * math.sqrt(max(1, out / fan_in))
                 if isinstance(alpha, Tensor):
                     step, alpha = torch._foreach_mul(step, alpha), 1
                 torch._foreach_add_([params[i] for i in stack], step, alpha=alpha)

@@ -23,7 +23,16 @@ import train
 
 VARIANTS = {"fa": "--norm", "muon": "--muon --norm", "ranks": "--muon --norm --rank 2", "kp": "--rule kp --muon --norm",
             "dfa": "--rule dfa --norm", "whiten": "--norm whiten", "frozen": "--rule frozen --norm --rank", "no norm": "",
-            "resnet": "--muon --norm --model resnet18", "held out": "--validate 60 --norm"}
+            "resnet": "--muon --norm --model resnet18", "held out": "--validate 60 --norm",
+            "a rule that draws": "--rule unreliable.py:Unreliable --norm"}
+UNRELIABLE = """
+import torch, fa
+from torch.nn import functional as F
+class Unreliable(fa.FA):
+    def backward(self, layer, error, input_shape):
+        kept = torch.rand(layer.feedback.shape, generator=self.generator) < 0.9         # of its own generator, and of torch's
+        return fa.project(layer, F.dropout(layer.feedback, 0.1) * kept, error, input_shape)
+"""
 
 
 def files(folder):
@@ -67,6 +76,7 @@ def stopping(step, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_and_resumed_is_never_stopped(variant, capsys):
+    Path("unreliable.py").write_text(UNRELIABLE)
     args = [*SMALL, "--epochs", "3", "--device", "cpu", *VARIANTS[variant].split()]
     assert train.main([*args, "--out", "whole"]) == 0
     with stopping(6):                                           # of 12 steps, 4 an epoch: in the second
@@ -80,6 +90,13 @@ def test_stopped_and_resumed_is_never_stopped(variant, capsys):
     assert "going on after step 9 of 12, epoch 2 of 3" in capsys.readouterr().out
     assert_same(Path("whole"), Path("parts"))
     assert len(json.loads(Path("parts/config.json").read_text())["resumed"]) == 3
+
+
+def test_a_run_that_was_killed_before_it_had_written_anything_can_be_started_again():
+    Path("run").mkdir()
+    Path("run/.config.json.partial").write_text("{")
+    assert train.main([*SMALL, "--norm", "--device", "cpu", "--out", "run"]) == 0
+    assert not list(Path("run").glob(".*"))
 
 
 def test_resuming_a_run_that_is_done_changes_nothing(capsys):

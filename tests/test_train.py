@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import data
+import muon
 import options
 import train
 
@@ -232,7 +233,8 @@ def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, mon
         layer = self.model.layers[2]
         handles = []
         if now and where == "gradient":
-            handles.append(layer.weight.register_hook(lambda g: g * float("inf")))
+            for below in self.model.layers[:3]:                 # as an error that becomes infinite at layers.2 would do
+                handles.append(below.weight.register_hook(lambda g: g * float("inf")))
         if now and where == "loss":
             handles.append(self.model.classifier.register_forward_hook(lambda m, x, y: y + float("nan")))
         if now and where == "update":
@@ -259,6 +261,12 @@ def test_each_parameter_is_in_exactly_one_optimiser():
     for wrong in ([sgd(layer.weight)], [sgd(layer.weight, layer.bias), sgd(layer.bias)]):
         with pytest.raises(RuntimeError, match="not in exactly one optimiser: bias"):
             train.each_in_one(layer, wrong)
+
+
+def test_a_trainer_sees_a_parameter_that_nobody_trains(monkeypatch):
+    monkeypatch.setattr(muon, "split", lambda model: ([model.layers[1].weight], [model.classifier.weight]))
+    with pytest.raises(RuntimeError, match="not in exactly one optimiser: layers.0.weight"):
+        train.Trainer(train.parse([*SMALL, "--muon", "--norm", "--device", "cpu"]), data.gratings())
 
 
 def test_default_folders_never_collide(tmp_path):
