@@ -116,9 +116,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             orthogonal: dict[int, Tensor] = {}                              # index of the parameter -> O
             for stack in _stacks(params, self._share(params)):              # one batched product for all of a shape
-                U = torch.empty(len(stack), *_flat(params[stack[0]]), dtype=group["dtype"], device=params[stack[0]].device)
-                # One pass: the layout, channels last perhaps, and the dtype are changed on the way into the stack.
-                torch._foreach_copy_([row.view(params[i].shape) for i, row in zip(stack, U)], [updates[i] for i in stack])
+                rows = [updates[i].to(group["dtype"]).flatten(1) for i in stack]
+                U = torch.stack(rows) if len(rows) > 1 else rows[0][None]   # (k, out, in·kh·kw)
                 orthogonal.update(zip(stack, newton_schulz(U, group["steps"], group["dtype"]).to(params[stack[0]].dtype)))
             if self.divide:
                 _exchange(params, orthogonal)

@@ -3,14 +3,15 @@
     python tests/benchmark.py                              # on a GPU where there is one, else on the CPU
     python tests/benchmark.py --device cpu --out results/benchmark-cpu.json
 
-Rows of a group take turns, round after round, so that a busy machine or a warm one is fair to all of them; a figure is the
-median over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.update` with its batch:
+Rows of a group take turns, in another order each round, so that a busy machine is fair to all of them; a figure is the median
+over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.update` with its batch:
 augmentation, forward, backward with the hooks, schedule, Muon and SGD. Operations are those that compute or copy something; on
 a GPU each is at least one kernel launch, but a captured step is one in all.
 """
 import copy
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -44,11 +45,12 @@ def wait(device: torch.device) -> None:
 
 def in_turns(device: torch.device, rows: dict, rounds: int, repeat: int = 1) -> dict[str, list[float]]:
     """Seconds a call, for each row a list over the rounds. Every row is called twice before, to warm up."""
-    seconds = {name: [] for name in rows}
+    seconds, order = {name: [] for name in rows}, random.Random(0)
     for call in [*rows.values(), *rows.values()]:
         call()
     for _ in range(rounds):
-        for name, call in rows.items():
+        for name in order.sample(list(rows), len(rows)):        # what ran just before leaves its traces in caches and memory
+            call = rows[name]
             wait(device)
             start = time.perf_counter()
             for _ in range(repeat):
@@ -124,10 +126,17 @@ def flops_an_image(width: int) -> int:
 
 
 def ceiling(device: torch.device) -> float:
-    """FLOP/s of a large matrix product, in the precision that the step uses: bf16 on a GPU, float32 on a CPU."""
+    """FLOP/s of a large matrix product, in the precision that the step uses: bf16 on a GPU, float32 on a CPU.
+
+    The product by itself, or in a convolution of many channels, which on some CPUs has the faster library.
+    """
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / statistics.median(in_turns(device, {"mm": lambda: a @ b}, 10)["mm"])
+    images, kernel = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+                      for shape in ((64, 512, 16, 16), (512, 512, 3, 3)))
+    ways = {"product": lambda: a @ b, "convolution": lambda: nn.functional.conv2d(images, kernel, padding=1)}
+    flops = {"product": 2 * n ** 3, "convolution": 2 * images.numel() * kernel[0].numel()}
+    return max(flops[way] / statistics.median(each) for way, each in in_turns(device, ways, 10).items())
 
 
 def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: float) -> list[dict]:
@@ -172,6 +181,42 @@ def operations_of(call) -> int:
     with CountOperations() as counter:
         call()
     return sum(counter.counts.values())
+
+
+def memory_rows(device: torch.device, width: int, batch: int, rounds: int) -> list[dict]:
+    """A step before and after speed.prepare, which on a CPU keeps the memory of dead tensors; so call it first of all."""
+    call, seconds = steps(device, width, batch)["FA + Muon + norm"], {}
+    for name in ("given back", "kept"):
+        seconds[name] = in_turns(device, {name: call}, rounds)[name]
+        speed.prepare(device)
+    return rows_of(f"memory of dead tensors, FA + Muon + norm, width {width}, batch {batch}", seconds)
+
+
+def convolution_rows(device: torch.device, width: int, batch: int, rounds: int) -> list[dict]:
+    """Error and weight gradient of a step's hidden convolutions: by one call, as autograd does with W, or by two, as with B."""
+    import models
+    model, calls = models.resnet18(100, "batch", width).to(device, memory_format=torch.channels_last), []
+
+    def see(layer: nn.Conv2d, inputs: tuple, output: torch.Tensor) -> None:
+        geometry = (None, layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
+        calls.append((torch.randn_like(output), inputs[0].detach(), layer.weight.detach(), *geometry))
+
+    for layer in [m for m in model.modules() if isinstance(m, nn.Conv2d)][1:]:
+        layer.register_forward_hook(see)
+    model(torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last))
+    backward = torch.ops.aten.convolution_backward
+
+    def one() -> None:
+        for call in calls:
+            backward(*call, (True, True, False))
+
+    def two() -> None:
+        for call in calls:
+            backward(*call, (False, True, False))
+            backward(*call, (True, False, False))
+
+    return timed(device, f"backward of the {len(calls)} hidden convolutions, width {width}, batch {batch}",
+                 {"one call for both gradients": one, "two calls": two}, rounds)
 
 
 def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
@@ -229,8 +274,11 @@ def start_rows(device: torch.device, rounds: int) -> list[dict]:
 
 def timed(device: torch.device, group: str, rows: dict, rounds: int) -> list[dict]:
     """Each row against the first."""
-    seconds = in_turns(device, rows, rounds)
-    first = next(iter(rows))
+    return rows_of(group, in_turns(device, rows, rounds))
+
+
+def rows_of(group: str, seconds: dict[str, list[float]]) -> list[dict]:
+    first = next(iter(seconds))
     return [{"group": group, "row": name, "seconds": statistics.median(each), "spread": spread(each),
              "against": None if name == first else first} for name, each in seconds.items()]
 
@@ -278,13 +326,15 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     device, _ = options.choose_device(p, args.device)
     width = args.width or (64 if device.type == "cuda" else 16)
+    memory = memory_rows(device, width, max(args.batch_sizes), args.rounds) if device.type == "cpu" else []
     speed.prepare(device)
     top = ceiling(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name} · torch {torch.__version__} · a large matrix product reaches {top / 1e12:.3g} TFLOP/s")
+    print(f"{name} · torch {torch.__version__} · large matrix products reach {top / 1e12:.3g} TFLOP/s")
     rows = []
     for batch in args.batch_sizes:
         rows += step_rows(device, width, batch, args.rounds, top)
+    rows += memory + convolution_rows(device, width, args.batch_sizes[0], args.rounds)
     rows += muon_rows(device, 64, args.rounds) + rank_rows(device, args.rounds) + epoch_rows(device, 3)
     rows += start_rows(device, 3)
     print(table(rows))
