@@ -164,7 +164,7 @@ def _stacks(params: list[Tensor], indices: Iterable[int]) -> list[list[int]]:
     stacks = defaultdict(list)
     for i in indices:
         p = params[i]
-        stacks[(*_flat(p), p.dtype, p.device)].append(i)
+        stacks[_flat(p) + (p.dtype, p.device)].append(i)
     return list(stacks.values())
 
 

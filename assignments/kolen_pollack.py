@@ -18,6 +18,8 @@ import fa
 
 
 class MyRule(fa.FA):
+    learns = True                               # its feedback changes in training
+
     def prepare(self, layer):
         """Called once for each hidden layer, before training."""
         raise NotImplementedError("make layer.feedback a parameter (the optimiser then updates it), drawn by self.draw(layer)")

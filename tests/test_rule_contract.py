@@ -4,7 +4,7 @@
     python -m pytest tests/test_rule_contract.py --rule "submissions/*.py:MyRule" --like kp
 
 Each property is one test, and its first line is what the report says. A rule that transports weights must say so with
-`uses_weight = True` in its class.
+`uses_weight = True` in its class, one whose feedback changes in training with `learns = True`.
 """
 import copy
 import functools
@@ -142,6 +142,21 @@ def test_feedback_is_saved(rule):
     expect(same(gradients(fresh, x, labels), expected), "a fresh model with the saved state_dict has other gradients: "
            "something that backward uses is not a buffer or parameter of its layer; make it in prepare with "
            "layer.register_buffer")
+
+
+def test_feedback_is_fixed(rule):
+    """leaves its feedback as it was drawn, unless the class declares learns = True"""
+    if rule.learns:
+        pytest.skip("the class declares learns = True")
+    model, x, labels, handle = attached(rule)
+    optimiser, digests = torch.optim.SGD(model.parameters(), 0.1), []
+    for _ in range(3):
+        gradients(model, x, labels)
+        digests.append(handle.digest())
+        handle.before_step()
+        optimiser.step()
+    expect(handle.digest() == digests[0] == digests[1], "the feedback weights changed in training; expected fixed ones, or "
+           "learns = True in the class")
 
 
 def test_deterministic(rule):

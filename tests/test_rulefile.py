@@ -184,8 +184,8 @@ def test_the_graders_report(tmp_path):
                           cwd=tmp_path, capture_output=True, text=True)
     report = done.stdout
     assert done.returncode == 1 and "Traceback" not in report and "def test" not in report
-    for name, score in {"good": "8 of 8", "silent": "8 of 9", "copied": "8 of 9", "forgetful": "8 of 9", "unseeded": "8 of 9",
-                        "broken": "0 of 9"}.items():
+    for name, score in {"good": "9 of 9", "silent": "9 of 10", "copied": "9 of 10", "forgetful": "9 of 10",
+                        "unseeded": "9 of 10", "broken": "0 of 10"}.items():
         assert f"{score}  {tmp_path}/{name}.py:MyRule" in report, report
     assert "FAILED  it cannot be loaded: " in report and "broken.py, line 2: SyntaxError" in report, report
     parts = {part.split(":")[0].rpartition("/")[2]: part for part in report.split("\n\n") if "MyRule\n" in part}
@@ -213,9 +213,9 @@ def test_the_assignment_is_graded_against_the_reference(tmp_path):
                            "no:cacheprovider", "--rule", f"{tmp_path}/*.py:MyRule", "--like", "kp"], cwd=tmp_path,
                           capture_output=True, text=True)
     report = done.stdout
-    for name, score in {"a_stub": " 0 of 10", "b_solved": "10 of 10", "c_fixed": " 9 of 10", "d_still": " 9 of 10"}.items():
+    for name, score in {"a_stub": " 0 of 11", "b_solved": "10 of 10", "c_fixed": " 9 of 10", "d_still": " 9 of 10"}.items():
         assert f"{score}  {tmp_path}/{name}.py:MyRule" in report, report
-    assert "a_stub.py, line 23, in prepare: NotImplementedError: make layer.feedback a parameter" in report
+    assert "a_stub.py, line 25, in prepare: NotImplementedError: make layer.feedback a parameter" in report
     assert "2.feedback, 4.feedback, 6.feedback, 8.feedback: no parameters of the model" in report
     assert "after 5 steps 0.weight differs from what it is under kp, by" in report
 
