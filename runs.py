@@ -53,8 +53,7 @@ def create(folder: str | os.PathLike | None, name: str) -> Path:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".*.partial"):              # of a run that was killed before it had written anything
-                left.unlink()
+            _tidy(folder)
             if not any(folder.iterdir()):
                 return folder
         except OSError as e:
@@ -75,6 +74,12 @@ def create(folder: str | os.PathLike | None, name: str) -> Path:
             raise error(folder, e) from e
 
 
+def _tidy(folder: Path) -> None:
+    """Delete what a process that was killed had begun to write."""
+    for left in folder.glob(".*.partial"):
+        left.unlink()
+
+
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
     """Be the only process that writes to this folder; one that dies holds nothing. Raises RunError if another does."""
@@ -91,6 +96,7 @@ def claim(folder: Path) -> Iterator[None]:
             raise RunError(f"another process is writing to {folder}; wait for it, or stop it") from e
         except OSError:                                         # a file system without locks
             pass
+        _tidy(folder)
         yield
     finally:
         os.close(handle)

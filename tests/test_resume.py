@@ -186,6 +186,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
     killed, epochs = map(int, done.stdout.split())
     assert killed == 20 and epochs > 3                          # they met the run in different epochs
     assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     if (tmp_path / "done").exists():
         assert_same(tmp_path / "whole", tmp_path / "done")
 
@@ -205,7 +206,7 @@ def test_a_kill_while_a_checkpoint_is_written(moment, monkeypatch):
     def dying(*args, **kwargs):
         if any(line.endswith("checkpoint.pt") for line in map(str, args)) or moment in ("save", "fsync"):
             count.append(0)
-        if len(count) == {"save": 2, "fsync": 6, "link": 1, "replace": 2}[moment]:
+        if len(count) == {"save": 2, "fsync": 9, "link": 1, "replace": 2}[moment]:
             raise Power
         return real(*args, **kwargs)
 
@@ -213,8 +214,10 @@ def test_a_kill_while_a_checkpoint_is_written(moment, monkeypatch):
         patch.setattr(*where, dying)
         patch.setattr(Path, "unlink", lambda *_, **__: None)    # nobody cleans up after a power cut
         train.main([*args, "--out", "parts"])
+    left = list(Path("parts").glob(".*.partial"))
     assert train.main(["--resume", "parts"]) == 0
     assert_same(Path("whole"), Path("parts"))
+    assert left and not list(Path("parts").glob(".*"))
 
 
 # ---- damaged, full, forbidden ----------------------------------------------------------------------------------
