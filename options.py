@@ -131,12 +131,12 @@ def add_machine(p: argparse.ArgumentParser) -> None:
                    help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
     g.add_argument("--resume", metavar="RUN", type=Path,
                    help="go on with the run in this folder, with its arguments; what else may be given is --epochs, --data, "
-                        "--device, and --out to write elsewhere (default: a new run)")
+                        "--device, --graph, and --out to write elsewhere (default: a new run)")
     g.add_argument("--device", default="auto",
                    help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
     g.add_argument("--graph", action=argparse.BooleanOptionalAction,
-                   help="record the training step as a CUDA graph and replay it (default: on a GPU, where it is faster, if the "
-                        "step is the same every time: one process, a rule of fa.py, no --cut or --flatten)")
+                   help="record the training step as a CUDA graph and replay it (default: on a GPU, if the step is the "
+                        "same every time: one process, a rule of fa.py, no --cut or --flatten)")
     g.add_argument("--deterministic", action="store_true",
                    help="on a GPU too the same bits in every run, by operations that may be slower (default: there some sums "
                         "come in any order; on a CPU all bits are the same anyway)")
