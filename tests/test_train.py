@@ -335,7 +335,7 @@ WRONG = {
     "--dataset cifar100 --data list": "it must be a dict",
     "--dataset cifar100 --data labels": "train_labels must be from 0 to 99",
     "--dataset cifar100 --data floats": "train_images must be uint8",
-    "--dataset cifar100 --data /proc": "cannot use /proc/cifar100.pt: no lock file can be made beside it",
+    "--dataset cifar100 --data /proc": "cannot use /proc/cifar100.pt: ",
     "--image-size 7": "not an integer of at least 8",
     "--image-size 64": "no effect on gratings",
     "--subset 1e3": "not an integer",
