@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+LARGE = 2 ** 20             # elements; of so large matrices a CPU's cache holds one at a time, so they are not stacked there
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # Jordan et al. 2024; torch.optim.Muon has the same
 
 
@@ -56,14 +57,32 @@ def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
     tall = X.shape[1] > X.shape[2]
     if tall:
         X = X.mT                                                            # A is then the smaller Gram matrix
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=eps)                 # σ₁ ≤ ‖X‖_F = 1: p's basin
+    multiply_add = torch.baddbmm
+    if len(X) == 1 and _large(X[0]):
+        X, multiply_add = X[0], torch.addmm                                 # (m, n)
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)               # σ₁ ≤ ‖X‖_F = 1: p's basin
     for _ in range(steps):
-        A = X @ X.mT                                                        # (k, m, m)
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c)                         # b A + c A²
-        X = torch.baddbmm(X, P, X, beta=a)                                  # a X + (b A + c A²) X
+        A = _gram(X)                                                        # (k, m, m)
+        P = multiply_add(A, A, A, beta=b, alpha=c)                          # b A + c A²
+        X = multiply_add(X, P, X, beta=a)                                   # a X + (b A + c A²) X
     if tall:
         X = X.mT
     return X.reshape(matrices.shape)
+
+
+def _large(matrix: Tensor) -> bool:
+    return matrix.device.type == "cpu" and matrix.numel() > LARGE
+
+
+def _gram(X: Tensor) -> Tensor:
+    """X Xᵀ. It is symmetric, and of one large matrix a quarter is copied instead of computed; for small ones that is slower."""
+    if X.dim() > 2:
+        return X @ X.mT
+    half, A = len(X) // 2, X.new_empty(len(X), len(X))
+    upper, lower = X[:half], X[half:]
+    A[:half, :half], A[half:, half:], A[half:, :half] = upper @ upper.mT, lower @ lower.mT, lower @ upper.mT
+    A[:half, half:] = A[half:, :half].mT
+    return A
 
 
 class Muon(torch.optim.Optimizer):
@@ -160,11 +179,11 @@ def _flat(weight: Tensor) -> tuple[int, int]:
 
 
 def _stacks(params: list[Tensor], indices: Iterable[int]) -> list[list[int]]:
-    """The indices, those of parameters of the same flattened shape together."""
+    """The indices, those of parameters of the same flattened shape together, but for large ones on a CPU."""
     stacks = defaultdict(list)
     for i in indices:
         p = params[i]
-        stacks[_flat(p) + (p.dtype, p.device)].append(i)
+        stacks[_flat(p) + (p.dtype, p.device, i if _large(p) else None)].append(i)
     return list(stacks.values())
 
 

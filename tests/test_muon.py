@@ -48,6 +48,29 @@ def test_equals_torchs_muon(kwargs, device):
 
 
 @needs_reference
+def test_large_matrices_equal_torchs_muon():
+    """Those that go alone on a CPU, a quarter of X Xᵀ copied: wide, tall, and of an odd number of rows."""
+    ours, theirs = parameters([(512, 2304), (2304, 512), (513, 2100)]), parameters([(512, 2304), (2304, 512), (513, 2100)])
+    assert all(muon._large(p) for p in ours)
+    a, b = muon.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0)
+    for step in range(2):
+        give_gradients(ours, theirs, step=step)
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs):
+        assert torch.allclose(p, q, rtol=0, atol=2e-3) and ((p - q).norm() / q.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 3), (7, 9), (9, 7), (8, 20)], ids=str)
+def test_a_matrix_alone_is_the_same_as_in_a_stack(shape, monkeypatch):
+    torch.manual_seed(0)
+    M = torch.randn(shape, dtype=torch.float64)
+    stacked = muon.newton_schulz(M[None], dtype=torch.float64)[0]
+    monkeypatch.setattr(muon, "LARGE", 0)
+    assert muon._large(M) and torch.allclose(muon.newton_schulz(M, dtype=torch.float64), stacked, rtol=1e-12, atol=1e-12)
+
+
+@needs_reference
 def test_a_convolution_is_its_flattened_matrix():
     shapes = [(64, 8, 3, 3), (64, 8, 3, 3), (256, 6, 3, 3), (96, 64, 1, 1), (48, 16, 5)]
     convolutions = parameters(shapes)
