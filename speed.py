@@ -15,7 +15,7 @@ What is recorded must be the same next time, so
 Python code inside the step runs while it is recorded and never again: a rule that counts its calls will count wrong.
 
 On a CPU the time goes elsewhere. The C library gives every large tensor's memory back to the system when the tensor dies, and
-the next one pays for it page by page; in a step with large batches a sixth or more of the time (tests/benchmark.py measures it).
+the next one pays for it page by page; in a step with large batches a sixth of the time or more (see tests/benchmark.py).
 """
 from __future__ import annotations
 
