@@ -13,7 +13,7 @@ ENVIRONMENTS = {
     "ascii terminal, C locale, no home": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": "/dev/null",
                                           "PYTHONIOENCODING": "ascii", "MPLCONFIGDIR": ""},
     "German, Latin-1, hash seed": {"LC_ALL": "de_DE.ISO-8859-1", "LANG": "de_DE", "PYTHONHASHSEED": "123", "TERM": "dumb"},
-    "no display, window backend": {"DISPLAY": ":99", "MPLBACKEND": "TkAgg", "PYTHONDEVMODE": "", "PYTHONWARNINGS": "ignore",
+    "no display, window backend": {"DISPLAY": ":99", "MPLBACKEND": "TkAgg", "PYTHONWARNINGS": "ignore",
                                    "PYTHONHASHSEED": "random", "TMPDIR": "/nonexistent"},
 }
 
