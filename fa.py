@@ -18,7 +18,7 @@ B, so that the random errors become useful ones. `python fa.py` shows the angles
 In this file a *rule* says how the error crosses one layer, and nothing else: loss, nonlinearities, normalisation,
 pooling and additions keep autograd's own backward. A new rule overrides one short method, or two:
 
-    class Unreliable(fa.FA):                               # what if half of the feedback synapses fail, other ones each time?
+    class Unreliable(fa.FA):                    # what if half of the feedback synapses fail, other ones each time?
         def backward(self, layer, error, input_shape):
             return fa.project(layer, F.dropout(layer.feedback), error, input_shape)
 
@@ -28,29 +28,32 @@ pooling and additions keep autograd's own backward. A new rule overrides one sho
     handle.remove()                                        # plain backprop again
 
 How it works: `attach` runs each layer on a detached input, which cuts the true path, so Wᵀδ is neither computed nor
-able to leak; ties the output to the input by a placeholder gradient; and lets a full backward hook put the rule's
-error in its place. The placeholder is NaN: a hook that did not run cannot go unnoticed.
+able to leak. A tie connects the output to the input again, and a full backward hook around the tie puts the rule's
+error where the true one would have been.
 
-Left out: layers other than Linear and Conv2d (they keep exact backprop, and `attach` names them), double backward, and
-torch.compile, which is refused: hooks break its graph at every layer, and those added after its first call it may ignore.
+Left out: layers other than Linear and Conv2d, and subclasses of these with a forward of their own (they keep exact
+backprop, and `attach` names them); second derivatives of weight gradients, which raise an error; torch.compile, which
+is refused because it may ignore hooks. What is not noticed: a layer's weight that the model also uses elsewhere, such
+as F.linear(h, layer.weight.T) in a tied autoencoder, sends the error of that other use by plain backprop.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.hooks import BackwardHook
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
-ELEMENTWISE = nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.PReLU      # no error crosses their weights by a matrix
 
 
 # ---- the error crosses one layer -------------------------------------------------------------------------------
@@ -82,8 +85,8 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     layout = next((torch.channels_last for t in (error, weight) if not t.is_contiguous() and
                    t.is_contiguous(memory_format=torch.channels_last)), torch.contiguous_format)
     unread = torch.empty(padded, dtype=error.dtype, device=error.device, memory_format=layout)
-    error = torch.ops.aten.convolution_backward(error, unread, weight, None, layer.stride, before, layer.dilation, False,
-                                                (0, 0), layer.groups, (True, False, False))[0]
+    error = torch.ops.aten.convolution_backward(error, unread, weight, None, layer.stride, before, layer.dilation,
+                                                False, (0, 0), layer.groups, (True, False, False))[0]
     return error[..., :height, :width] if any(extra) else error     # a view could not be added to in place later
 
 
@@ -106,16 +109,16 @@ def check(layer: Layer) -> None:
                          f"not padding_mode={layer.padding_mode!r}")
 
 
-# ---- the rules -------------------------------------------------------------------------------------------------
+# ---- a rule ----------------------------------------------------------------------------------------------------
 
 class Rule:
     """How the error crosses a layer on its way back. Subclass it, override `backward`, and `attach` it.
 
     seed        of the feedback weights; the same seed draws the same on every machine
-    gain        B is drawn so many times larger than W. It matters where another path carries the error too: a residual
-                block's shortcut is exact, so the gain weighs the branch against it
+    gain        B is drawn so many times larger than W. It matters where another path carries the error too: a
+                residual block's shortcut is exact, so the gain weighs the branch against it
     orthogonal  B at each kernel position is made orthogonal, of the norm drawn, so that it favours no direction
-    uses_weight (of the class) its backward reads layer.weight, and so transports weights, in whole or in part
+    uses_weight (of the class) one of its methods reads the values of layer.weight, directly or through a forward pass
     learns      (of the class) its feedback weights change in training
     """
 
@@ -140,18 +143,35 @@ class Rule:
         """Called for each hidden layer between the backward pass and the optimiser's step, for feedback that learns."""
 
     def draw(self, layer: Layer) -> Tensor:
-        """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every device (but for
-        rounding where `orthogonal` needs an SVD).
+        """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every device (but
+        for rounding where `orthogonal` needs an SVD).
 
         The initialiser is `layer.initialise(tensor, generator=...)` where the model says one, else torch's default for
         Linear and Conv2d: uniform in ±1/√fan_in.
         """
         drawn = self._draw(layer.weight.shape, getattr(layer, "initialise", _torch_default))
-        return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)  # its device, dtype and memory format
+        return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)     # its device, dtype and layout
 
     def _draw(self, shape: torch.Size, initialise: Callable[..., Tensor]) -> Tensor:
         drawn = initialise(torch.empty(shape), generator=self.generator)
         return self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule has to remember when a run stops: its generator and its attributes, but those named _so."""
+        plain = {key: value for key, value in vars(self).items() if key != "generator" and not key.startswith("_")}
+        return {**plain, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The way back from `state_dict`."""
+        self.generator.set_state(state["generator"])
+        vars(self).update({key: value for key, value in state.items() if key != "generator"})
+
+    def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to another process, its state can
+        return {**vars(self), "generator": bytes(self.generator.get_state().tolist())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, generator=torch.Generator())
+        self.generator.set_state(torch.tensor(list(state["generator"]), dtype=torch.uint8))
 
 
 def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -159,20 +179,11 @@ def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _orthogonal(weight: Tensor) -> Tensor:
-    """(out, in) or (out, in, kh, kw) -> the nearest matrix with equal singular values at each kernel position, same norm."""
+    """The nearest tensor of weight's shape and norm whose matrix at each kernel position has equal singular values."""
     positions = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]        # (kh·kw, out, in)
     U, _, Vh = torch.linalg.svd(positions, full_matrices=False)
     flat = (U @ Vh).permute(1, 2, 0).reshape(weight.shape)
     return flat * (weight.norm() / flat.norm())
-
-
-class BP(Rule):
-    """Backprop: δ_in = Wᵀδ. It is what autograd does already, so `attach` leaves the model as it is."""
-
-    uses_weight = True
-
-    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
-        return project(layer, layer.weight, error, input_shape)
 
 
 class FA(Rule):
@@ -185,29 +196,250 @@ class FA(Rule):
         return project(layer, layer.feedback, error, input_shape)
 
 
+# ---- the hook --------------------------------------------------------------------------------------------------
+
+class _Cut:
+    """Mixed into the class of each layer that has a rule: its forward, with the true path cut and the hook inside.
+
+    The hook is inside the layer, not around it, so that it sees the whole error at the layer's output, whatever a
+    forward hook keeps of that output, makes of it, or sends back to it.
+    """
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        crossing = self.crossing
+        if crossing.exact:
+            return super().forward(input)                               # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            _refuse_to_compile()
+        output = super().forward(input.detach())                        # type: ignore[misc]
+        crossing.used |= torch.is_grad_enabled()
+        if not (input.requires_grad and torch.is_grad_enabled()):       # no error is wanted below
+            return output
+        # What nn.Module.__call__ does for a full backward hook.
+        hook = BackwardHook(self, [_replace_error], [])
+        return hook.setup_output_hook(_Tie.apply(*hook.setup_input_hook((input, output))))
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple:
+        """Let pickle and deepcopy find the mixed class by the one it was made of."""
+        return _blank, (self.crossing.plain,), *super().__reduce_ex__(protocol)[2:]
+
+
+class _Tie(torch.autograd.Function):
+    """Return y, computed from x.detach(), as if x had led to it.
+
+    Backward hands y its error, from which autograd computes the exact gradients of W and b, and hands x zeros of the
+    right shape that take no memory (stride 0), for the hook to replace.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.set_materialize_grads(False)                # no error stays no error, instead of zeros
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, error: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if error is None:
+            return None, None
+        if torch.is_grad_enabled():                     # create_graph: the gradients may be differentiated again
+            error_of_y = _Once.apply(error, torch.zeros((), device=error.device, requires_grad=True))
+        else:
+            error_of_y = error
+        return error.new_zeros((), dtype=ctx.dtype).expand(ctx.shape), error_of_y
+
+
+def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple:
+    """The full backward hook: δ_out comes in, the placeholder goes, the rule's δ_in takes its place."""
+    (placeholder, *others), (error,) = grad_input, grad_output
+    if error is None:                                   # none came, though autograd may have put zeros in its place
+        return (None,) * len(grad_input)
+    sent = layer.rule.backward(layer, error, placeholder.shape)
+    if sent is None:
+        return None, *others
+    # Under autocast δ_out may be bf16 and the input float32: both will do.
+    if not isinstance(sent, Tensor) or sent.shape != placeholder.shape or sent.device != placeholder.device \
+            or sent.dtype not in (error.dtype, placeholder.dtype):
+        raise RuleError(_wrong_error(layer, sent, placeholder, error))
+    return sent.to(placeholder.dtype), *others
+
+
+def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None = None) -> Attachment:
+    """Let `rule` carry the error back through every Linear and Conv2d of `model`, except the stem.
+
+    The stem is the layer that reads the data: nothing below it learns, so it needs no error. By default it is the first
+    Linear or Conv2d that the model registered; give the layers, or their names, if that is wrong, or () where even the
+    data needs a gradient. The model is changed in place; with the rule `bp` it is not changed at all.
+
+    Layers of other types that carry the error by weights, such as ConvTranspose2d, keep exact backprop, and so do
+    subclasses of Linear and Conv2d whose forward is their own; a warning names them. Activations with inplace=True, such
+    as torchvision's, are set to False until `remove`, as the layer's output must stay as it was; what overwrites it
+    otherwise (y += x, F.relu_) is refused by torch with a RuntimeError in the forward pass.
+
+    Raises TypeError if `rule` is no instance of Rule, and ValueError if a layer already has a rule or cannot be projected
+    through, the stem is not a layer of the model, or the model is compiled; the model is then untouched. Compiled later,
+    it raises RuntimeError when it runs. Attach before the model goes into DistributedDataParallel, before an optimiser
+    is made where feedback learns, and after loading a checkpoint saved without a rule.
+    """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"attach takes an instance of a rule, such as fa.FA(seed=0), not {rule!r:.80}")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError(f"the model is compiled: {UNCOMPILED}")
+    layers, unknown = find(model)
+    for name, layer in layers.items():
+        if hasattr(layer, "rule"):
+            raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its handle first")
+    stems = _stems(layers, stem)
+    hidden = {name: layer for name, layer in layers.items() if not any(layer is s for s in stems)}
+    if isinstance(rule, BP):
+        hidden, stems = {}, []
+    for layer in hidden.values():
+        check(layer)
+    if hidden and unknown:
+        warnings.warn(f"{type(rule).__name__} goes through Linear and Conv2d only; exact backprop goes through "
+                      + ", ".join(f"{name} ({type(m).__name__})" for name, m in unknown.items()), stacklevel=2)
+    return Attachment(model, rule, hidden, stems)
+
+
+class Attachment:
+    """The handle that `attach` returns. `copy.deepcopy((model, handle))` copies both, still belonging together.
+
+    rule      the rule
+    layers    name -> layer, those that the rule carries the error through
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: list[Layer]):
+        self.rule, self.layers, self._model, self._stem = rule, layers, model, stem
+        self._in_place = [m for m in model.modules() if layers and getattr(m, "inplace", False) is True]
+        self._made: dict[str, set[str]] = {}
+        self._hooks: list = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.remove)                  # if the rule cannot prepare a layer, the model is as it was
+            for layer in (*layers.values(), *stem):
+                layer.crossing = types.SimpleNamespace(plain=type(layer), exact=False, used=False)
+            for name, layer in layers.items():
+                before = {*layer._buffers, *layer._parameters}
+                try:
+                    rule.prepare(layer)
+                finally:
+                    self._made[name] = {*layer._buffers, *layer._parameters} - before
+                layer.rule = rule
+                layer.__class__ = _cut(layer.crossing.plain)
+            undo.pop_all()
+        for module in self._in_place:
+            module.inplace = False
+        self._hooks = [model.register_load_state_dict_pre_hook(_fit),
+                       *(layer.register_forward_pre_hook(_stem_is_first, with_kwargs=True) for layer in stem)]
+        self._gradients = self._versions()
+
+    def before_step(self) -> None:
+        """Call after the backward pass and before the optimiser's step; clip gradients before it, not after.
+
+        Raises HookError if the rule did not carry the error through one of its layers, whatever the reason.
+        """
+        there, gradients = dict(self._model.named_modules(remove_duplicate=False)), self._versions()
+        for name, layer in self.layers.items():
+            unused = gradients[name] not in (None, self._gradients[name]) and not layer.crossing.used
+            wrong = ("the model has another layer in its place" if there.get(name) is not layer else
+                     "its forward was replaced" if "forward" in vars(layer) or not _is_cut(layer) else
+                     "its weight was used without calling the layer" if unused and layer.weight.grad.any() else None)
+            if wrong:
+                raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: {wrong}; "
+                                "attach the rule when the model is complete, and change nothing of its layers until remove()")
+            layer.crossing.used = False
+        for layer in self.layers.values():
+            self.rule.before_step(layer)
+        self._gradients = gradients
+
+    def _versions(self) -> dict[str, tuple | None]:
+        """Which gradient each layer's weight has, and how often it was written to."""
+        gradients = {name: getattr(layer._parameters.get("weight"), "grad", None) for name, layer in self.layers.items()}
+        return {name: None if g is None else (id(g), g._version) for name, g in gradients.items()}
+
+    def digest(self) -> str | None:
+        """Hexadecimal, of all feedback weights: the same in the end as in the beginning, unless the rule `learns`.
+
+        None while some are not drawn yet.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name, layer in self.layers.items():
+            for made in sorted(self._made[name]):
+                if getattr(layer, made).numel() == 0:
+                    return None
+                digest.update(f"{name}.{made}".encode())
+                digest.update(getattr(layer, made).detach().cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within this context forward and backward are plain backprop; the feedback weights stay. For measurements."""
+        crossings = [layer.crossing for layer in (*self.layers.values(), *self._stem)]
+        try:
+            for crossing in crossings:
+                crossing.exact = True
+            yield
+        finally:
+            for crossing in crossings:
+                crossing.exact = False
+
+    def remove(self) -> None:
+        """Make the model plain again: exact backprop, no feedback weights, in-place activations as they were."""
+        for hook in self._hooks:
+            hook.remove()
+        for name, made in self._made.items():
+            for attribute in made:
+                delattr(self.layers[name], attribute)
+        for layer in (*self.layers.values(), *self._stem):
+            layer.__class__ = layer.crossing.plain
+            for attribute in ("rule", "crossing"):
+                vars(layer).pop(attribute, None)
+        for module in self._in_place:
+            module.inplace = True
+        self.layers, self._stem, self._made, self._in_place, self._hooks = {}, [], {}, [], []
+
+
+# ---- more rules ------------------------------------------------------------------------------------------------
+
+class BP(Rule):
+    """Backprop: δ_in = Wᵀδ. It is what autograd does already, so `attach` leaves the model as it is."""
+
+    uses_weight = True
+
+    def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
+        return project(layer, layer.weight, error, input_shape)
+
+
 class DFA(Rule):
     """Direct feedback alignment: δ_in = Bᵀe, straight from the output's error e = ∂loss/∂logits (Nøkland 2016).
 
-    Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the classes
-    would be, so for the classifier itself DFA and FA are one. No error passes from layer to layer: a hidden layer does
-    not use the one that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. Expect of
-    it: about what FA reaches.
+    The output is the layer whose error comes first in a backward pass; a network must have one, and the batch on the first
+    axis of every layer's input, the same in all. Each layer has a B of shape (classes, all units of its input), drawn
+    as the Linear layer from there to the classes would be, so for the classifier itself DFA and FA are one. No error
+    passes from layer to layer: a hidden layer does not use the one that comes in. B takes units × classes of memory,
+    253 MiB in ResNet-18 for 100 classes. Expect of it: about what FA reaches. Raises RuleError where shapes do not match.
     """
 
     def prepare(self, layer: Layer) -> None:
         layer.register_buffer("feedback", layer.weight.new_empty(0))    # its size is known when the first error comes
-        self.output: Layer | None = None
-        self.error: Tensor | None = None
+        self._pass: int | None = None                   # the backward pass that _output and _error belong to
+        self._output: Layer | None = None
+        self._error: Tensor | None = None
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
-        if self.output is None:                         # the first error of the first backward pass is the classifier's
-            self.output = layer
-        if layer is self.output:
-            self.error = error.flatten(1) if error.dim() > 1 else error[None]       # e: (N, classes)
-        images, classes = self.error.shape
-        if layer.feedback.numel() == 0:
-            layer.feedback = self._draw((classes, input_shape.numel() // images), _torch_default).to(layer.weight)
-        return (self.error @ layer.feedback.to(error.dtype)).reshape(input_shape)
+        this_pass = torch._C._current_graph_task_id()
+        if this_pass != self._pass or layer is self._output:
+            self._pass, self._output = this_pass, layer
+            alone = error.dim() == (1 if isinstance(layer, nn.Linear) else 3)       # one image, without a batch axis
+            self._error = error.flatten()[None] if alone else error.flatten(1)      # e: (N, classes)
+            self._shape = () if alone else error.shape[:1]
+        axes = len(self._shape)
+        wanted = (self._error.shape[1], input_shape[axes:].numel())
+        if layer.feedback.numel() == 0 and not hasattr(layer, "_is_replica"):       # DataParallel's replicas forget it
+            layer.feedback = self._draw(wanted, _torch_default).to(layer.weight)
+        if input_shape[:axes] != self._shape or layer.feedback.shape != wanted:
+            raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
+                            f"{tuple(layer.feedback.shape)}, which do not fit an output's error of shape "
+                            f"{tuple(self._error.shape)}; expected the batch on the first axis, and always the same units")
+        return (self._error @ layer.feedback.to(error.dtype)).reshape(input_shape)
 
 
 class SignSymmetry(FA):
@@ -232,15 +464,28 @@ class KolenPollack(FA):
     to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)), and much sooner
     where the common updates outgrow the first weights, as Muon's do.
 
-    B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W.
+    B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W. Clip gradients
+    before `before_step`, or B's are counted too. Raises ValueError for a weight that is computed from others, such as
+    torch's weight_norm makes, and HookError when an optimiser has moved W but not B.
     """
 
     learns = True
 
     def prepare(self, layer: Layer) -> None:
+        if "weight" not in layer._parameters:
+            raise ValueError(f"{layer}: its weight is computed from other parameters, so B cannot take the same updates")
         layer.feedback = nn.Parameter(self.draw(layer))
 
     def before_step(self, layer: Layer) -> None:
+        now = layer.weight.detach(), layer.feedback.detach()
+        first = vars(layer.crossing).setdefault("first", [tensor.clone() for tensor in now])
+        if first:                                       # until B has been seen to move
+            weight_moved, feedback_moved = (not torch.equal(*pair) for pair in zip(now, first))
+            if weight_moved and not feedback_moved:
+                raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make the optimiser "
+                                "after attach, and give it model.parameters(), or the feedback beside the weight")
+            if feedback_moved:
+                first.clear()
         layer.feedback.grad = None if layer.weight.grad is None else layer.weight.grad.clone()
 
 
@@ -258,39 +503,14 @@ class Frozen(Rule):
 RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "sign": SignSymmetry, "kp": KolenPollack, "frozen": Frozen}
 
 
-# ---- the hooks -------------------------------------------------------------------------------------------------
+# ---- guards ----------------------------------------------------------------------------------------------------
 
-def attach(model: nn.Module, rule: Rule, stem: Iterable[nn.Module] | None = None) -> Attachment:
-    """Let `rule` carry the error back through every Linear and Conv2d of `model`, except the stem.
+class HookError(RuntimeError):
+    """An error crossed a layer on another way than by the rule."""
 
-    The stem is the layer that reads the data: nothing below it learns, so it needs no error. By default it is the first
-    Linear or Conv2d that the model registered; name the layers if that is wrong, or give () where even the data needs
-    a gradient. The model is changed in place; with the rule `bp` it is not changed at all.
 
-    Layers of other types that carry the error by weights, such as ConvTranspose2d, keep exact backprop; a warning names them.
-    Activations with inplace=True, such as torchvision's, are set to False until `remove`, as a hooked layer's output must
-    stay as it was; what overwrites it otherwise (y += x, F.relu_) is refused by torch with a RuntimeError in the forward pass.
-
-    Raises ValueError if a layer already has a rule, cannot be projected through, or the model is compiled; the model is then
-    untouched. Compiled later, it raises RuntimeError when it runs.
-    Attach before the model goes into DistributedDataParallel, and after loading a checkpoint saved without a rule.
-    """
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise ValueError(f"the model is compiled: {UNCOMPILED}")
-    layers, unknown = find(model)
-    stem = list(layers.values())[:1] if stem is None else list(stem)
-    hidden = {name: layer for name, layer in layers.items() if not any(layer is s for s in stem)}
-    if isinstance(rule, BP):
-        hidden, stem = {}, []
-    for name, layer in layers.items():
-        if hasattr(layer, "rule"):
-            raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its handle first")
-    for layer in hidden.values():
-        check(layer)
-    if hidden and unknown:
-        warnings.warn(f"{type(rule).__name__} goes through Linear and Conv2d only; exact backprop goes through "
-                      + ", ".join(f"{name} ({type(m).__name__})" for name, m in unknown.items()), stacklevel=2)
-    return Attachment(model, rule, hidden, stem)
+class RuleError(RuntimeError):
+    """A rule cannot say, or said wrongly, what the error at a layer's input is."""
 
 
 def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
@@ -298,122 +518,62 @@ def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
     layers, unknown, inside = {}, {}, set()
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):           # reads the weight of its out_proj, but never calls it
-            inside.update(module.modules())
-        matrices = [p for p in module.parameters(recurse=False) if isinstance(p, UninitializedParameter) or
-                    sum(size > 1 for size in p.shape) > 1]
-        if isinstance(module, Layer):
-            if module not in inside:
-                layers[name] = module
-        elif matrices and not isinstance(module, ELEMENTWISE):
+            inside.update(module.children())
+        if module in inside:
+            continue
+        if isinstance(module, Layer) and (_is_cut(module) or _keeps_forward(module)):
+            layers[name] = module
+        elif _has_matrix(module):
             unknown[name] = module
     return layers, unknown
 
 
-class Attachment:
-    """The handle that `attach` returns. `copy.deepcopy((model, handle))` copies both, still belonging together.
-
-    rule      the rule
-    layers    name -> layer, those that the rule carries the error through
-    """
-
-    def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: list[nn.Module]):
-        self.rule, self.layers, self._model, self._stem = rule, layers, model, stem
-        # An in-place activation would overwrite a hooked layer's output, which torch forbids.
-        self._in_place = [m for m in model.modules() if layers and getattr(m, "inplace", False) is True]
-        for module in self._in_place:
-            module.inplace = False
-        self._load_hook = model.register_load_state_dict_pre_hook(_fit)
-        self._made = {}
-        for name, layer in layers.items():
-            before = {*layer._buffers, *layer._parameters}
-            rule.prepare(layer)
-            self._made[name] = {*layer._buffers, *layer._parameters} - before
-            layer.rule, layer.unreplaced = rule, 0      # placeholders that wait for their hook
-        self._connect()
-
-    def before_step(self) -> None:
-        """Call after the backward pass and before the optimiser's step.
-
-        Raises HookError if the rule did not carry the error through one of its layers, whatever the reason.
-        """
-        for name, layer in self.layers.items():
-            wrong = ("its hook did not run in this backward pass" if layer.unreplaced else
-                     "its forward was replaced" if getattr(layer.forward, "__func__", None) is not _cut_forward else
-                     "the model has another layer in its place" if self._model.get_submodule(name) is not layer else None)
-            if wrong:
-                raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: {wrong}; attach "
-                                "the rule when the model is complete, and change nothing of its layers until remove()")
-        for layer in self.layers.values():
-            self.rule.before_step(layer)
-
-    def digest(self) -> str | None:
-        """Hexadecimal, of all feedback weights: the same in the end as in the beginning, unless the rule `learns`.
-
-        None while some are not drawn yet.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        for name, layer in self.layers.items():
-            for made in sorted(self._made[name]):
-                if getattr(layer, made).numel() == 0:
-                    return None
-                digest.update(f"{name}.{made}".encode())
-                digest.update(getattr(layer, made).detach().cpu().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-    @contextlib.contextmanager
-    def exact(self) -> Iterator[None]:
-        """Within this context forward and backward are plain backprop; the feedback weights stay. For measurements."""
-        self._disconnect()
-        try:
-            yield
-        finally:
-            self._connect()
-
-    def remove(self) -> None:
-        """Make the model plain again: exact backprop, no feedback weights, in-place activations as they were."""
-        self._disconnect()
-        self._load_hook.remove()
-        for name, layer in self.layers.items():
-            for made in self._made[name]:
-                delattr(layer, made)
-            del layer.rule, layer.unreplaced
-        for module in self._in_place:
-            module.inplace = True
-        self.layers, self._stem, self._made, self._in_place, self._hooks = {}, [], {}, [], []
-
-    def _connect(self) -> None:
-        # prepend: the user's own hooks then see the rule's error, not the placeholder
-        self._hooks = [layer.register_full_backward_hook(_replace_error, prepend=True) for layer in self.layers.values()]
-        self._hooks += [layer.register_forward_pre_hook(_stem_is_first) for layer in self._stem]
-        for layer in self.layers.values():
-            layer.forward = types.MethodType(_cut_forward, layer)    # a method, not a closure: deepcopy rebinds it
-
-    def _disconnect(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for layer in self.layers.values():
-            del layer.forward                                        # the class's own forward again
+def _keeps_forward(layer: Layer) -> bool:
+    """Does it compute W x + b, and not, as a subclass may, something more or something else?"""
+    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    names = {"forward", "_conv_forward"} & {*vars(kind)}
+    return all(getattr(type(layer), name) is getattr(kind, name) and name not in vars(layer) for name in names)
 
 
-class _Tie(torch.autograd.Function):
-    """Return y, computed from x.detach(), as if x had led to it.
+def _has_matrix(module: nn.Module) -> bool:
+    """Is there a parameter that an error crosses by a matrix? What is added to every image, (1, tokens, units), is none."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.PReLU):
+        return False
+    ours = type(module).__module__.startswith("torch.nn")
+    return any(isinstance(p, UninitializedParameter) or sum(size > 1 for size in p.shape) > 1 and (ours or len(p) > 1)
+               for p in module.parameters(recurse=False))
 
-    Backward hands y its error, from which autograd computes the exact gradients of W and b, and hands x a NaN of the
-    right shape that takes no memory (stride 0), for the hook to replace.
-    """
+
+def _stems(layers: dict[str, Layer], stem: Iterable[str | nn.Module] | None) -> list[Layer]:
+    if stem is None:
+        return list(layers.values())[:1]
+    named = [stem] if isinstance(stem, str | nn.Module) else list(stem)
+    stems = [layers.get(s) if isinstance(s, str) else s for s in named]
+    wrong = [repr(s) for s, layer in zip(named, stems) if not any(layer is known for known in layers.values())]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: the stem must be of the model's layers, which are {', '.join(layers)}")
+    return stems
+
+
+def _stem_is_first(layer: Layer, args: tuple, kwargs: dict) -> None:
+    if torch.is_grad_enabled() and not layer.crossing.exact and any(
+            isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
+        raise RuntimeError(f"{layer} was taken for the stem, which reads the data, but its input wants a gradient: the "
+                           "true error would leak through it. Name the layers that read the data: attach(model, rule, "
+                           "stem=[...]), or stem=() if the data itself needs a gradient")
+
+
+class _Once(torch.autograd.Function):
+    """The error, which may be differentiated as often as one likes, but not on its way through a weight's gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
-        ctx.shape, ctx.dtype, ctx.layer = x.shape, x.dtype, layer
-        ctx.set_materialize_grads(False)                # no error stays no error, instead of zeros
-        return y.view_as(y)
+    def forward(ctx, error: Tensor, always: Tensor) -> Tensor:
+        return error.view_as(error)
 
     @staticmethod
-    def backward(ctx, error: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        if error is None:
-            return None, None, None
-        ctx.layer.unreplaced += 1
-        return error.new_full((), float("nan"), dtype=ctx.dtype).expand(ctx.shape), error, None
+    def backward(ctx, *_: Tensor) -> None:
+        raise RuntimeError("the gradient of a layer's weight was differentiated again; a feedback rule cuts the path that "
+                           "this would need, so only gradients of inputs have second derivatives")
 
 
 UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled code may ignore "
@@ -425,44 +585,28 @@ def _refuse_to_compile() -> None:
     raise RuntimeError(f"a model with a feedback rule was given to torch.compile: {UNCOMPILED}")
 
 
-def _cut_forward(layer: Layer, input: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        _refuse_to_compile()
-    output = type(layer).forward(layer, input.detach())
-    return _Tie.apply(input, output, layer) if input.requires_grad and torch.is_grad_enabled() else output
+@functools.cache
+def _cut(plain: Any) -> Any:
+    """The class of a layer like `plain` that has a rule."""
+    return type(plain.__name__, (_Cut, plain), {"__module__": plain.__module__})
 
 
-def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple | None:
-    """The full backward hook: δ_out comes in, the placeholder goes, the rule's δ_in takes its place."""
-    placeholder = grad_input[0] if grad_input else None
-    if placeholder is None:                             # nothing below this layer learns
-        return None
-    layer.unreplaced = max(0, layer.unreplaced - 1)     # where no error came, autograd may hand the hook zeros, no placeholder
-    error = layer.rule.backward(layer, grad_output[0], placeholder.shape)
-    if error is None:
-        return (None,)
-    # Under autocast δ_out may be bf16 and the input float32: both will do.
-    if not isinstance(error, Tensor) or error.shape != placeholder.shape or error.device != placeholder.device \
-            or error.dtype not in (grad_output[0].dtype, placeholder.dtype):
-        raise RuleError(layer, error, placeholder, grad_output[0])
-    return (error.to(placeholder.dtype),)
+def _is_cut(layer: Any) -> bool:
+    return isinstance(layer, nn.Module) and hasattr(layer, "crossing") and type(layer) is _cut(layer.crossing.plain)
 
 
-class HookError(RuntimeError):
-    """An error crossed a layer on another way than by the rule."""
+def _blank(plain: Any) -> nn.Module:
+    """An empty layer, for pickle and deepcopy to fill."""
+    return _cut(plain).__new__(_cut(plain))
 
 
-class RuleError(RuntimeError):
-    """A rule's backward returned what cannot be the error at the layer's input."""
-
-    def __init__(self, layer: Layer, got: object, placeholder: Tensor, error: Tensor):
-        def text(x: object) -> str:
-            return f"a tensor of shape {tuple(x.shape)}, {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"{got!r:.80}"
-
-        method = type(layer.rule).backward
-        where = f"{method.__code__.co_filename}, line {method.__code__.co_firstlineno}: " if hasattr(method, "__code__") else ""
-        super().__init__(f"{where}{type(layer.rule).__name__}.backward returned {text(got)} for {layer}; expected the error at "
-                         f"its input, shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, or None")
+def _wrong_error(layer: Layer, got: object, placeholder: Tensor, error: Tensor) -> str:
+    what = (f"a tensor of shape {tuple(got.shape)}, {got.dtype} on {got.device}" if isinstance(got, Tensor)
+            else f"{got!r:.80}")
+    code = getattr(type(layer.rule).backward, "__code__", None)
+    where = f"{code.co_filename}, line {code.co_firstlineno}: " if code else ""
+    return (f"{where}{type(layer.rule).__name__}.backward returned {what} for {layer}; expected the error at its input, "
+            f"shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, or None")
 
 
 def _fit(model: nn.Module, state: dict, prefix: str, *_) -> None:
@@ -472,13 +616,6 @@ def _fit(model: nn.Module, state: dict, prefix: str, *_) -> None:
             saved = state.get(f"{name}.{key}" if name else key)
             if buffer is not None and saved is not None and 0 in (buffer.numel(), saved.numel()):
                 setattr(layer, key, buffer.new_empty(saved.shape))
-
-
-def _stem_is_first(layer: Layer, args: tuple) -> None:
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        raise RuntimeError(f"{layer} was taken for the stem, which reads the data, but its input wants a gradient: the "
-                           "true error would leak through it. Name the layers that read the data: attach(model, rule, "
-                           "stem=[...]), or stem=() if the data itself needs a gradient")
 
 
 # ---- a demonstration -------------------------------------------------------------------------------------------

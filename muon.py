@@ -29,12 +29,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 LARGE = 2 ** 20             # elements; of so large matrices a CPU's cache holds one at a time, so they are not stacked there
+Layers: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # Jordan et al. 2024; torch.optim.Muon has the same
 
 
@@ -89,8 +91,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton–Schulz, for weights of two or more dimensions, the first being the output.
 
     params        hidden weights, such as the first of `split(model)`
-    lr            η: the spectral norm of a step on a wide matrix, whatever the gradient's size; a number, or a tensor on the
-                  weights' device, as a CUDA graph needs it
+    lr            η: the spectral norm of a step on a wide matrix, whatever the gradient's size, unless the momentum's norm is
+                  below 1e-7, which makes the step shorter; a number, or a tensor on the weights' device, as a CUDA graph
+                  needs it
     momentum      μ in [0, 1)
     nesterov      look ahead by one more momentum step
     weight_decay  λ, decoupled: the weights shrink by ηλ a step
@@ -100,7 +103,8 @@ class Muon(torch.optim.Optimizer):
 
     Step for step what torch.optim.Muon (2.9 and later, adjust_lr_fn="original") does to a matrix; that one refuses
     convolutions and takes one matrix at a time, this one stacks equal shapes. `p.grad` is never written to.
-    Raises ValueError for a hyperparameter out of range, or a parameter of fewer than two dimensions or of no element.
+    Raises ValueError for a hyperparameter out of range, and for a parameter that is complex, has fewer than two dimensions or
+    no element, or is given twice.
     """
 
     def __init__(self, params: Iterable, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True,
@@ -115,7 +119,12 @@ class Muon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
+        added = self.param_groups[-1]["params"]
+        if len(set(added)) < len(added):
+            raise ValueError("Muon was given a parameter more than once, and would step it as often")
+        for p in added:
+            if p.is_complex():
+                raise ValueError(f"Muon orthogonalises real matrices, not complex ones such as that of shape {tuple(p.shape)}")
             if p.dim() < 2 or p.numel() == 0:
                 raise ValueError(f"Muon orthogonalises matrices; a parameter of shape {tuple(p.shape)} belongs to "
                                  "another optimiser (see muon.split)")
@@ -194,19 +203,35 @@ def _exchange(params: list[Tensor], orthogonal: dict[int, Tensor]) -> None:
     orthogonal.update(enumerate(flat.split([p.numel() for p in params])))
 
 
-def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split(model: nn.Module, stem: Layers | None = None,
+          classifier: Layers | None = None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(hidden, others): the parameters for Muon, and those for another optimiser. Each trainable one is in exactly one.
 
-    Hidden are the weights of every Linear and Conv2d but the first registered (the stem, whose input is the data) and
-    the last (the classifier, whose output is the classes); for those two, as for gains and biases, "every direction
-    counts the same" is not what is wanted (Jordan et al. 2024). A second parameter of the weight's shape, such as feedback
-    that learns (fa.py), goes where the weight goes.
+    Hidden are the weights of every Linear and Conv2d but the stem, whose input is the data, and the classifier, whose output
+    is the classes; for those two, as for gains and biases, "every direction counts the same" is not what is wanted (Jordan
+    et al. 2024). They are taken to be the first and the last that the model registered: the order of the assignments in its
+    __init__, which need not be that of its forward. Where it is not, name them, by layer or by name, one or several. A
+    weight that two layers share is listed once, and not at all if one of them is the stem or the classifier. A second
+    parameter of the weight's shape, such as feedback that learns (fa.py), goes where the weight goes.
+
+    Raises ValueError for a stem or classifier that is no Linear or Conv2d of the model.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    hidden = [p for layer in layers[1:-1] for p in layer.parameters(recurse=False)
-              if p.requires_grad and p.shape == layer.weight.shape]
-    chosen = {id(p) for p in hidden}
-    return hidden, [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    ends = [*_chosen(layers, stem, first=0), *_chosen(layers, classifier, first=-1)]
+    apart = {id(p) for layer in ends for p in layer.parameters(recurse=False)}
+    hidden = {id(p): p for layer in layers.values() for p in layer.parameters(recurse=False)
+              if p.requires_grad and p.shape == layer.weight.shape and id(p) not in apart}
+    return list(hidden.values()), [p for p in model.parameters() if p.requires_grad and id(p) not in hidden]
+
+
+def _chosen(layers: dict[str, nn.Module], chosen: Layers | None, first: int) -> list[nn.Module]:
+    if chosen is None:
+        return list(layers.values())[first:][:1]
+    named = [chosen] if isinstance(chosen, str | nn.Module) or not isinstance(chosen, Iterable) else list(chosen)
+    found = [layers.get(c) if isinstance(c, str) else c for c in named]
+    if any(layer not in list(layers.values()) for layer in found):
+        raise ValueError(f"{named} are not all layers of the model, which has {', '.join(layers)}")
+    return found
 
 
 # ---- a demonstration -------------------------------------------------------------------------------------------

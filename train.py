@@ -229,7 +229,7 @@ class Trainer:
         """Everything that the rest of the training depends on."""
         return {"model": self.model.state_dict(), "optimisers": [o.state_dict() for o, _ in self.optimisers],
                 "step": self.step, "begun": self.begun, "generator": self.generator.get_state(),
-                "rule_generator": self.handle.rule.generator.get_state(), "torch_generator": torch.get_rng_state(),
+                "rule": self.handle.rule.state_dict(), "torch_generator": torch.get_rng_state(),
                 "recorder": self.recorder and self.recorder.state_dict(),
                 "trajectory": self.trajectory and self.trajectory.state_dict()}
 
@@ -253,7 +253,7 @@ class Trainer:
             self.generator.set_state(state["generator"])
         else:
             self.generator.manual_seed(self.args.seed + self.step)
-        self.handle.rule.generator.set_state(state["rule_generator"])
+        self.handle.rule.load_state_dict(state["rule"])
         torch.set_rng_state(state["torch_generator"])
         if self.recorder:
             self.recorder.load_state_dict(state["recorder"])
