@@ -1,53 +1,73 @@
-"""The grader behind `python -m pytest tests/test_rule_contract.py --rule ...`: a process of its own for each submission.
+"""The grader behind `python -m pytest tests/test_rule_contract.py --rule ...`: a process for each submission.
 
-Whatever a submission does, such as sys.exit, an endless loop, or another default dtype, is then its own fault alone. pytest
-collects the properties to check; `run` starts `python -m pytest` anew for each rule, as many at once as there are cores; each
-of these children writes a line for every property that it has judged (`record`). A property without a line was not kept.
+Whatever a submission does, such as sys.exit, an endless loop, or another default dtype, is then its own fault
+alone. pytest collects the properties to check; `run` starts a child for each rule, as many at once as there are
+cores; a child runs pytest once more, with one rule, and writes a line for each property that it has judged. A
+property without a line was not kept.
 """
 from __future__ import annotations
 
 import contextlib
 import faulthandler
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import rulefile
 
-GRADES: dict[str, dict[str, tuple[bool, str]]] = {}             # rule -> property -> (kept, why not or a remark)
-SPARE = 30      # seconds: a child starts, and ends itself when its time is over; only where it does not, is it killed
+GRADES: dict[str, dict[str, tuple[bool, str]]] = {}     # rule -> property -> (kept, why not or a remark)
+SPARE = 30      # seconds: a child ends itself when its time is over; if it has not by then, it is killed
 
 
-# ---- in a child --------------------------------------------------------------------------------------------------
+# ---- in a child ------------------------------------------------------------------------------------------------
 
-def limit(folder: str, seconds: int) -> None:
-    """End this process when its time is over. The file `trace` then says where it was, also after a crash."""
-    trace = os.open(Path(folder, "trace"), os.O_WRONLY | os.O_CREAT)            # open until the process ends
-    faulthandler.enable(trace)
-    faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
+class Child:
+    """Runs pytest with one rule, and is the plugin that writes the results to the file `grades` in its folder."""
+
+    running = False                                             # in this process
+
+    def __init__(self, folder: Path, rule: str, seconds: int, args: list[str]):
+        self.folder, self.rule, self.seconds, self.args = folder, rule, seconds, args
+
+    def run(self) -> None:
+        if hasattr(os, "setsid"):
+            os.setsid()     # Ctrl-C reaches the grader only, and with the child ends what the child started
+        # What a submission prints goes nowhere, and what it asks for has an end.
+        with open(os.devnull, "r+") as nothing:
+            for number in range(3):
+                os.dup2(nothing.fileno(), number)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        with open(self.folder / "trace", "w") as trace:         # where it was when it crashed or ran out of time
+            faulthandler.enable(trace)
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=trace)
+            Child.running, os.environ["PYTEST_ADDOPTS"] = True, ""
+            # pytest's own faulthandler plugin would cancel the time limit at the first failure
+            args = ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", *self.args]
+            status = pytest.main(args, plugins=[self])
+            os._exit(status)                                    # and does not wait for threads that are left
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = (yield).get_result()
+        if report.when == "teardown" or (report.when == "setup" and report.passed):
+            return
+        why = ""
+        if call.excinfo:
+            why = rulefile.explain(call.excinfo.value, self.rule) or " ".join(str(call.excinfo.value).split())
+        with open(self.folder / "grades", "a", encoding="utf-8") as file:
+            file.write(json.dumps([item.originalname, report.outcome, why.removeprefix("Skipped: ")]) + "\n")
 
 
-def record(folder: str, item: pytest.Item, report: pytest.TestReport, call: pytest.CallInfo) -> None:
-    """One line of the file `grades`: which property, passed or failed or skipped, and why."""
-    if report.when == "teardown" or (report.when == "setup" and report.passed):
-        return
-    why = ""
-    if call.excinfo:
-        error = call.excinfo.value
-        why = rulefile.explain(error, item.callspec.params["submitted"]) or " ".join(str(error).split())
-    with open(Path(folder, "grades"), "a", encoding="utf-8") as file:
-        file.write(json.dumps([item.originalname, report.outcome, why.removeprefix("Skipped: ")]) + "\n")
-
-
-# ---- in the grader -----------------------------------------------------------------------------------------------
+# ---- in the grader ---------------------------------------------------------------------------------------------
 
 def run(session: pytest.Session) -> None:
     """Have every rule graded, and tell pytest the results as if it had run the tests itself."""
@@ -59,41 +79,41 @@ def run(session: pytest.Session) -> None:
         folders = {rule: Path(folder, str(number)) for number, rule in enumerate(items)}
         for place in folders.values():
             place.mkdir()
-        commands = {rule: _command(rule, items[rule], folders[rule], session.config) for rule in items}
-        seconds = session.config.getoption("--seconds")
-        for rule, status in _children(commands, seconds + SPARE):
+        seconds, like = session.config.getoption("--seconds"), session.config.getoption("--like")
+        children = {}
+        for rule, place in folders.items():
+            args = [f"--rule={rule}"] + [f"--like={like}"] * bool(like)
+            tests = [f"{item.path}::{item.originalname}" for item in items[rule]]
+            children[rule] = Child(place, rule, seconds, args + tests)
+        for rule, status in _run(children, seconds + SPARE):
             judged = _judged(folders[rule])
             for item in items[rule]:
-                outcome, why = judged.get(item.originalname) or ("failed", _death(rule, folders[rule], status, seconds))
+                outcome, why = judged.get(item.originalname) or (
+                    "failed", _death(rule, folders[rule], status, seconds))
                 GRADES[rule][item.function.__doc__.splitlines()[0]] = outcome != "failed", why
                 longrepr = (str(item.path), 0, why) if outcome == "skipped" else why
                 report = pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")
                 item.ihook.pytest_runtest_logreport(report=report)
 
 
-def _command(rule: str, items: list[pytest.Item], folder: Path, config: pytest.Config) -> list[str]:
-    # -s: what a submission prints goes nowhere, and not into a file of pytest's that could fill the disk. pytest's own
-    # faulthandler plugin would cancel the time limit at the first failure.
-    return [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler",
-            f"--rule={rule}", f"--like={config.getoption('--like') or ''}", f"--seconds={config.getoption('--seconds')}",
-            f"--graded-to={folder}", *(f"{item.path}::{item.originalname}" for item in items)]
-
-
-def _children(commands: dict[str, list[str]], seconds: float):
-    """Run them, as many at once as there are cores. Yields (rule, exit status), or None for one that had to be killed."""
+def _run(children: dict[str, Child], seconds: float):
+    """Run them, as many at once as there are cores. Yields (rule, exit status or None: it had to be killed)."""
+    # A fork need not import everything again, but is safe only on Linux, and where torch sees no GPU. So far the
+    # grader must not have called backward: autograd's threads do not survive a fork.
+    fork = sys.platform == "linux" and not torch.cuda.is_available()
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    torch.optim.SGD([torch.zeros(1)], lr=0)                     # the first optimiser imports a good part of torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    waiting, running = list(commands), {}
+    waiting, running = list(children), {}
     try:
         while waiting or running:
             while waiting and len(running) < cores:
-                # A session of its own: Ctrl-C reaches the grader only, and with the child ends what the child started.
-                process = subprocess.Popen(commands[waiting[0]], env=environment, start_new_session=True,
-                                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                process = context.Process(target=children[waiting[0]].run)
+                process.start()
                 running[waiting.pop(0)] = process, time.monotonic() + seconds
             time.sleep(0.02)
             for rule, (process, end) in list(running.items()):
-                status = process.poll()
+                status = process.exitcode                       # None: it is still running
                 if status is not None or time.monotonic() > end:
                     _kill(running.pop(rule)[0])
                     yield rule, status
@@ -102,13 +122,13 @@ def _children(commands: dict[str, list[str]], seconds: float):
             _kill(process)
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: multiprocessing.Process) -> None:
     """With all that it started."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    process.wait()
+    process.join()
 
 
 def _judged(folder: Path) -> dict[str, tuple[str, str]]:
@@ -121,9 +141,10 @@ def _death(rule: str, folder: Path, status: int | None, seconds: int) -> str:
     """Why a child judged no more properties."""
     path = str(Path(rule.rpartition(":")[0]))
     trace = (folder / "trace").read_text(errors="replace") if (folder / "trace").exists() else ""
-    frame = re.search(rf'File "{re.escape(path)}", line (\d+) in (.+)', trace)      # the innermost comes first
+    frame = re.search(rf'File "{re.escape(path)}", line (\d+) in (.+)', trace)  # the innermost comes first
     where = frame[1] + (f", in {frame[2]}" if frame[2] != "<module>" else "") if frame else ""
-    what = (f"it was still running after {seconds} seconds; --seconds allows more" if status is None or "Timeout (" in trace
+    late = status is None or "Timeout (" in trace
+    what = (f"it was still running after {seconds} seconds; --seconds allows more" if late
             else f"it was killed by {signal.Signals(-status).name}" if status < 0
             else f"it ended Python itself, with exit status {status}")
     return f"{path}, line {where}: {what}" if where else what
