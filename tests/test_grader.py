@@ -57,7 +57,8 @@ SUBMISSIONS = {         # its name: (source, the properties that it lacks, what 
                ["backward changes layer.weight"]),
     # ---- what is not saved
     "forgetful": (HEAD + PREPARE + "self.B = getattr(self, 'B', {})\n        self.B[layer] = self.draw(layer)\n" +
-                  BACKWARD + "return fa.project(layer, self.B[layer], error, input_shape)\n", [SAVES], ["cannot be saved"]),
+                  BACKWARD + "return fa.project(layer, self.B[layer], error, input_shape)\n", [SAVES],
+                  ["cannot be saved"]),
     "counts": (HEAD + "    calls = 0\n" + BACKWARD + "self.calls += 1\n        "
                "return fa.project(layer, layer.feedback / self.calls, error, input_shape)\n", [], []),
     "counts_in_vain": (HEAD + "    calls = 0\n    def state_dict(self):\n        return {}\n"
@@ -71,7 +72,8 @@ SUBMISSIONS = {         # its name: (source, the properties that it lacks, what 
     "leaves": (HEAD + BACKWARD + "raise SystemExit(0)\n", EVERYTHING,
                ["leaves.py, line 5, in backward: SystemExit: 0"]),
     "leaves_late": (HEAD + "    calls = 0\n" + BACKWARD + "self.calls += 1\n"
-                    "        if self.calls > 12: raise SystemExit(0)\n        " + SEND, None, ["leaves_late.py, line 7, in backward: SystemExit: 0"]),
+                    "        if self.calls > 12: raise SystemExit(0)\n        " + SEND, None,
+                    ["leaves_late.py, line 7, in backward: SystemExit: 0"]),
     "ends": (HEAD + BACKWARD + "import os; os._exit(0)\n", EVERYTHING,
              ["it ended Python itself, with exit status 0"]),
     "ends_late": (HEAD + "    def __deepcopy__(self, memo):\n        import os; os._exit(3)\n",
