@@ -24,7 +24,7 @@ def device(request):
     return torch.device(request.param)
 
 
-# ---- the grader: tests/grader.py checks each rule that --rule names in a process of its own ---------------------
+# ---- the grader: tests/grader.py checks each rule that --rule names in a process of its own ---------------
 
 def pytest_addoption(parser):
     parser.addoption("--rule", action="append", default=[], metavar="FILE.py:CLASS",
@@ -32,7 +32,7 @@ def pytest_addoption(parser):
                           "(default: the rules of fa.py)")
     parser.addoption("--like", metavar="RULE", help="also check that it does what this rule of fa.py does, such as kp")
     parser.addoption("--seconds", type=int, default=120, metavar="S",
-                     help="the time that each rule may take (default: 120, many times what a usual one takes)")
+                     help="the time that each rule may take (default: 120; a usual one takes far less)")
 
 
 def pytest_configure(config):

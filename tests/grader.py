@@ -1,9 +1,9 @@
 """The grader behind `python -m pytest tests/test_rule_contract.py --rule ...`: a process for each submission.
 
 Whatever a submission does, such as sys.exit, an endless loop, or another default dtype, is then its own fault
-alone. pytest collects the properties to check; `run` starts a child for each rule, as many at once as there are
-cores; a child runs pytest once more, with one rule, and writes a line for each property that it has judged. A
-property without a line was not kept.
+alone. pytest collects the properties to check; `run` starts a child for each rule, as many at once as there
+are cores; a child runs pytest once more, with one rule, and writes a line for each property that it has judged.
+A property without a line was not kept.
 """
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ GRADES: dict[str, dict[str, tuple[bool, str]]] = {}     # rule -> property -> (k
 SPARE = 30      # seconds: a child ends itself when its time is over; if it has not by then, it is killed
 
 
-# ---- in a child ------------------------------------------------------------------------------------------------
+# ---- in a child --------------------------------------------------------------------------------------------
 
 class Child:
-    """Runs pytest with one rule, and is the plugin that writes the results to the file `grades` in its folder."""
+    """Runs pytest with one rule, and is the plugin that writes the results to its file `grades`."""
 
-    running = False                                             # in this process
+    running = False                                     # in this process
+    floor = None                                        # what test_learns compares with, trained once for all
 
-    def __init__(self, folder: Path, rule: str, seconds: int, args: list[str]):
-        self.folder, self.rule, self.seconds, self.args = folder, rule, seconds, args
+    def __init__(self, folder: Path, rule: str, seconds: int, floor: float | None, args: list[str]):
+        self.folder, self.rule, self.seconds, self.its_floor, self.args = folder, rule, seconds, floor, args
 
     def run(self) -> None:
         if hasattr(os, "setsid"):
@@ -46,10 +47,10 @@ class Child:
             for number in range(3):
                 os.dup2(nothing.fileno(), number)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-        with open(self.folder / "trace", "w") as trace:         # where it was when it crashed or ran out of time
+        with open(self.folder / "trace", "w") as trace:     # where it was when it crashed or ran out of time
             faulthandler.enable(trace)
             faulthandler.dump_traceback_later(self.seconds, exit=True, file=trace)
-            Child.running, os.environ["PYTEST_ADDOPTS"] = True, ""
+            Child.running, Child.floor, os.environ["PYTEST_ADDOPTS"] = True, self.its_floor, ""
             # pytest's own faulthandler plugin would cancel the time limit at the first failure
             args = ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", *self.args]
             status = pytest.main(args, plugins=[self])
@@ -67,7 +68,7 @@ class Child:
             file.write(json.dumps([item.originalname, report.outcome, why.removeprefix("Skipped: ")]) + "\n")
 
 
-# ---- in the grader ---------------------------------------------------------------------------------------------
+# ---- in the grader -----------------------------------------------------------------------------------------
 
 def run(session: pytest.Session) -> None:
     """Have every rule graded, and tell pytest the results as if it had run the tests itself."""
@@ -80,12 +81,16 @@ def run(session: pytest.Session) -> None:
         for place in folders.values():
             place.mkdir()
         seconds, like = session.config.getoption("--seconds"), session.config.getoption("--like")
-        children = {}
+        context, floor, children = _context(), None, {}
+        for item in session.items:
+            if item.originalname == "test_learns" and floor is None:
+                with context.Pool(1) as pool:       # in a clean process, and not in this one: see _context
+                    floor = pool.apply(item.module.floor)
         for rule, place in folders.items():
             args = [f"--rule={rule}"] + [f"--like={like}"] * bool(like)
             tests = [f"{item.path}::{item.originalname}" for item in items[rule]]
-            children[rule] = Child(place, rule, seconds, args + tests)
-        for rule, status in _run(children, seconds + SPARE):
+            children[rule] = Child(place, rule, seconds, floor, args + tests)
+        for rule, status in _run(context, children, seconds + SPARE):
             judged = _judged(folders[rule])
             for item in items[rule]:
                 outcome, why = judged.get(item.originalname) or (
@@ -96,13 +101,17 @@ def run(session: pytest.Session) -> None:
                 item.ihook.pytest_runtest_logreport(report=report)
 
 
-def _run(children: dict[str, Child], seconds: float):
-    """Run them, as many at once as there are cores. Yields (rule, exit status or None: it had to be killed)."""
-    # A fork need not import everything again, but is safe only on Linux, and where torch sees no GPU. So far the
-    # grader must not have called backward: autograd's threads do not survive a fork.
+def _context():
+    """How to start a process. A fork need not import everything again, but is safe only on Linux, where torch
+    sees no GPU, and as long as this process has not called backward: autograd's threads do not survive it.
+    """
+    torch.optim.SGD([torch.zeros(1)], lr=0)             # the first optimiser imports a good part of torch
     fork = sys.platform == "linux" and not torch.cuda.is_available()
-    context = multiprocessing.get_context("fork" if fork else "spawn")
-    torch.optim.SGD([torch.zeros(1)], lr=0)                     # the first optimiser imports a good part of torch
+    return multiprocessing.get_context("fork" if fork else "spawn")
+
+
+def _run(context, children: dict[str, Child], seconds: float):
+    """As many at once as there are cores. Yields (rule, exit status, or None if it had to be killed)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting, running = list(children), {}
     try:

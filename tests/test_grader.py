@@ -9,7 +9,8 @@ from conftest import ROOT
 
 GRADER = [sys.executable, "-m", "pytest", ROOT / "tests" / "test_rule_contract.py", "-p", "no:cacheprovider"]
 HEAD = "import fa, torch\nfrom torch import nn\nclass MyRule(fa.FA):\n"
-PREPARE, BEFORE_STEP = "    def prepare(self, layer):\n        ", "    def before_step(self, layer):\n        "
+PREPARE = "    def prepare(self, layer):\n        "
+BEFORE_STEP = "    def before_step(self, layer):\n        "
 BACKWARD = "    def backward(self, layer, error, input_shape):\n        "
 LEARNS, USES = "    learns = True\n", "    uses_weight = True\n"
 SEND = "return fa.project(layer, layer.feedback, error, input_shape)\n"
@@ -30,7 +31,7 @@ SUBMISSIONS = {         # its name: (source, the properties that it lacks, what 
     "signs": (HEAD + USES + BACKWARD + SIGNS, [], ["uses_weight = True; W is read in backward"]),
     # ---- weight transport
     "silent": (HEAD + BACKWARD + SIGNS, [W], ["backward reads W"]),
-    "copies_when_prepared": (HEAD + PREPARE + "layer.register_buffer('feedback', layer.weight.detach() * 1)\n",
+    "copies_when_prepared": (HEAD + PREPARE + "layer.register_buffer('feedback', layer.weight.data * 1)\n",
                              [W], ["prepare reads W"]),
     "copies_before_step": (HEAD + LEARNS + BEFORE_STEP + "layer.feedback.copy_(layer.weight)\n",
                            [W], ["before_step reads W"]),
@@ -56,14 +57,16 @@ SUBMISSIONS = {         # its name: (source, the properties that it lacks, what 
     "decays": (HEAD + BACKWARD + "layer.weight.data *= 0.99\n        " + SEND, [CHANGES],
                ["backward changes layer.weight"]),
     # ---- what is not saved
-    "forgetful": (HEAD + PREPARE + "self.B = getattr(self, 'B', {})\n        self.B[layer] = self.draw(layer)\n" +
-                  BACKWARD + "return fa.project(layer, self.B[layer], error, input_shape)\n", [SAVES],
+    "forgetful": (HEAD + PREPARE + "self.B = getattr(self, 'B', {})\n"
+                  "        self.B[layer] = self.draw(layer)\n" + BACKWARD +
+                  "return fa.project(layer, self.B[layer], error, input_shape)\n", [SAVES],
                   ["cannot be saved"]),
     "counts": (HEAD + "    calls = 0\n" + BACKWARD + "self.calls += 1\n        "
                "return fa.project(layer, layer.feedback / self.calls, error, input_shape)\n", [], []),
     "counts_in_vain": (HEAD + "    calls = 0\n    def state_dict(self):\n        return {}\n"
-                       "    def load_state_dict(self, state):\n        pass\n" + BACKWARD + "self.calls += 1\n        "
-                       "return fa.project(layer, layer.feedback / self.calls, error, input_shape)\n", [SAVES],
+                       "    def load_state_dict(self, state):\n        pass\n" + BACKWARD +
+                       "self.calls += 1\n        return fa.project(layer, layer.feedback / self.calls, error, "
+                       "input_shape)\n", [SAVES],
                        ["goes another way than the rule that was saved"]),
     "unseeded": (HEAD + PREPARE + "layer.register_buffer('feedback', torch.rand(layer.weight.shape) - 0.5)\n"
                  + BACKWARD + "return fa.project(layer, layer.feedback, error, input_shape)\n", [SEED], []),
@@ -85,9 +88,10 @@ SUBMISSIONS = {         # its name: (source, the properties that it lacks, what 
     "asks": ("input('Which rule? ')\n", EVERYTHING, ["asks.py, line 1: EOFError"]),
     "interrupts": ("raise KeyboardInterrupt\n", EVERYTHING, ["it ended Python itself, with exit status 2"]),
     "is_loud": ("print('loud ' * 10 ** 7)\n" + HEAD + "    pass\n", [], []),
-    "lingers": ("import threading, time\nthreading.Thread(target=time.sleep, args=(10 ** 6,)).start()\n" + HEAD +
-                "    pass\n", [], []),
-    "uses_float64": ("import torch\ntorch.set_default_dtype(torch.float64)\n" + HEAD + "    pass\n", None, []),
+    "lingers": ("import threading, time\nthreading.Thread(target=time.sleep, args=(10 ** 6,)).start()\n" +
+                HEAD + "    pass\n", [], []),
+    "uses_float64": ("import torch\ntorch.set_default_dtype(torch.float64)\n" + HEAD + "    pass\n",
+                     None, []),
     "patches": ("import fa\nfa.project = lambda layer, weight, error, shape: error.new_zeros(shape)\n"
                 "import warnings\nwarnings.simplefilter('error')\n" + HEAD + "    pass\n", None, []),
 }
@@ -156,7 +160,8 @@ def test_the_assignment_is_graded_against_the_reference(tmp_path):
 
 def test_one_that_never_ends(tmp_path):
     done, parts = graded(tmp_path, "--seconds", "3", "-k", "not learns",
-                         loops=HEAD + BACKWARD + "while True: pass\n", waits="import time\ntime.sleep(10 ** 6)\n")
+                         loops=HEAD + BACKWARD + "while True: pass\n",
+                         waits="import time\ntime.sleep(10 ** 6)\n")
     late = "it was still running after 3 seconds"
     assert f"nothing could be checked: loops.py, line 5, in backward: {late}" in parts["loops"]
     assert f"nothing could be checked: waits.py, line 2: {late}" in parts["waits"]
