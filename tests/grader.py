@@ -2,7 +2,7 @@
 
 Whatever a submission does, such as sys.exit, an endless loop, or another default dtype, is then its own fault
 alone. pytest collects the properties to check; `run` starts a child for each rule, as many at once as there
-are cores; a child runs pytest once more, with one rule, and writes a line for each property that it has judged.
+are cores; a child runs pytest once more, with one rule, and writes a line for each property it has judged.
 A property without a line was not kept.
 """
 from __future__ import annotations

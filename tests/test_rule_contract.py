@@ -209,8 +209,8 @@ def test_state_is_saved(rule):
     try:
         state, kept = torch.load(file, weights_only=True)
     except pickle.UnpicklingError:
-        pytest.fail("what the rule keeps in self cannot be saved: expected tensors, numbers, texts, and lists "
-                    "or dictionaries of them; what belongs to a layer goes into layer.register_buffer, in prepare",
+        pytest.fail("what the rule keeps in self cannot be saved: expected tensors, numbers, texts, and "
+                    "lists or dictionaries of them; a layer's own go into layer.register_buffer, in prepare",
                     pytrace=False)
     fresh, *_, its = attached(rule, seed=1, draws=1)
     fresh.load_state_dict(state)
@@ -218,8 +218,8 @@ def test_state_is_saved(rule):
     train(model, x, labels, handle)
     train(fresh, x, labels, its)
     expect(same(fresh.state_dict(), model.state_dict()), "a fresh rule that took all of it goes another way "
-           "than the rule that was saved: something that it uses is neither a buffer or parameter of its layer, "
-           "made in prepare, nor in self")
+           "than the rule that was saved: something that it uses is neither in self nor a buffer or parameter "
+           "of its layer, made in prepare")
 
 
 def test_feedback_is_fixed(rule):
