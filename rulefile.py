@@ -129,7 +129,7 @@ def _try(rule: type[fa.Rule], path: str) -> None:
             raise RuleFileError(text if path in text else f"{path}: {text}") from e
         except fa.RuleError as e:
             raise RuleFileError(_line(e)) from e
-        except Exception as e:                                  # it is anybody's code
+        except (Exception, SystemExit) as e:                    # it is anybody's code
             raise RuleFileError(_place(e, path) or f"{path}: {rule.__name__}: {type(e).__name__}: {_line(e)}") from e
 
 

@@ -3,11 +3,20 @@
     python -m pytest tests/test_rule_contract.py --rule my_rule.py:MyRule
     python -m pytest tests/test_rule_contract.py --rule "submissions/*.py:MyRule" --like kp
 
-Each property is one test, and its first line is what the report says. A rule that transports weights must say so with
-`uses_weight = True` in its class, one whose feedback changes in training with `learns = True`.
+Each property is one test, and its first line is what the report says. Each rule is checked in a process of
+its own, which may take --seconds; a property that does not apply counts as kept: all scores count the same.
+
+What a class must declare:
+    uses_weight = True  one of its methods reads the values of layer.weight, all or some, be it through a
+                        forward pass, as a weight mirror does. The report says which method it is.
+    learns = True       its feedback changes in training
+A rule such as Kolen-Pollack's, which reads the gradient of W but never W, does not use W.
 """
 import copy
 import functools
+import io
+import pickle
+import types
 
 import pytest
 import torch
@@ -16,6 +25,7 @@ from torch.nn import functional as F
 
 import data
 import fa
+import grader
 import models
 import muon
 import rulefile
@@ -35,9 +45,9 @@ def network(dtype=torch.float64):
     return model, torch.randn(6, 3, 10, 10, dtype=dtype), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
-def attached(rule, seed=0, dtype=torch.float64):
+def attached(rule, seed=0, dtype=torch.float64, draws=0):
     model, x, labels = network(dtype)
-    torch.seed()                                                # a rule that draws from the global generator is found out
+    torch.manual_seed(draws)                            # for a rule that draws from the global generator
     return model, x, labels, fa.attach(model, rulefile.make(rule, seed))
 
 
@@ -48,18 +58,81 @@ def gradients(model, x, labels):
     return {name: p.grad for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))}
 
 
+def equal(a, b):
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def same(a, b):
-    return a.keys() == b.keys() and all(b[k] is None if a[k] is None else b[k] is not None and torch.equal(a[k], b[k])
-                                        for k in a)
+    return a.keys() == b.keys() and all(
+        b[k] is None if a[k] is None else b[k] is not None and equal(a[k], b[k]) for k in a)
 
 
 def angle(a, b):
     return F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1).arccos().rad2deg().item()
 
 
-def sent(rule, layer, error, input_shape):
-    with torch.no_grad():
-        return rule.backward(layer, error, input_shape)
+def train(model, x, labels, handle, steps=5):
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    torch.manual_seed(1)                                        # a rule may be random
+    for _ in range(steps):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x).float(), labels).backward()
+        handle.before_step()
+        optimiser.step()
+    return model
+
+
+METHODS = "prepare", "backward", "before_step"
+
+
+def watched(rule, notes, under=None):
+    """A subclass of `rule` whose methods leave W and the error as they were, whatever those of `rule` do.
+
+    notes  gets what they did: `changed`, and the angle between the error sent and backprop's: `angles`
+    under  while this method runs, every W is another one: if that makes any difference, the method reads W
+    """
+    layers = []
+    notes.changed, notes.angles = [], {}
+
+    def watching(name):
+        def method(self, layer, *given):                # given: nothing, or the error and the input's shape
+            if layer not in layers:
+                layers.append(layer)
+            weights = [each.weight for each in layers]
+            true = [weight.detach().clone() for weight in weights]
+            meant = [-2 * weight.roll(1) if name == under else weight for weight in true]
+            error = given[0].clone() if given and given[0] is not None else None
+            for weight, value in zip(weights, meant):
+                weight.data.copy_(value)                # .data: so that autograd does not mind
+            sent = getattr(rule, name)(self, layer, *given)
+            for each, weight, value, before in zip(layers, weights, meant, true):
+                if each.weight is not weight or not equal(weight.detach(), value):
+                    notes.changed.append(f"{name} changes layer.weight; only the optimiser should do that")
+                each.weight = weight
+                weight.data.copy_(before)
+            if error is not None and not equal(given[0], error):
+                notes.changed.append(f"{name} changes the error that it is given; expected a new tensor")
+                given[0].copy_(error)
+            if isinstance(sent, torch.Tensor) and sent.shape == given[1]:
+                notes.angles[layer] = angle(sent, fa.project(layer, layer.weight.detach(), error, given[1]))
+            return sent
+        return method
+
+    return type(rule.__name__, (rule,), {name: watching(name) for name in METHODS})
+
+
+@functools.cache
+def changes(rule):
+    """What the methods of this class do to W and to the error that they are given."""
+    notes = types.SimpleNamespace()
+    train(*attached(watched(rule, notes), dtype=torch.float32))
+    return list(dict.fromkeys(notes.changed))
+
+
+@pytest.fixture
+def rule(submitted):
+    """The class to check. If it changes W or the error, one property says so; the others do not see it."""
+    return watched(submitted, types.SimpleNamespace()) if changes(submitted) else submitted
 
 
 # ---- the properties --------------------------------------------------------------------------------------------
@@ -99,49 +172,54 @@ def test_classifier_is_exact(rule):
                f"the gradient of the last layer's {name[3:]} differs from backprop's")
 
 
+def test_changes_nothing_else(submitted):
+    """leaves W and the error that it is given as they are"""
+    expect(not changes(submitted), ". And ".join(changes(submitted)))
+
+
 def test_true_path_is_cut(rule):
     """does not use W on the way back, unless the class declares uses_weight = True"""
+    notes = types.SimpleNamespace()
+
+    def trained(under=None):
+        return train(*attached(watched(rule, notes, under))).state_dict()
+
+    plain = trained()
+    angles = notes.angles
+    readers = []
+    if same(trained(), plain):                      # else it is not deterministic, and nothing can be said
+        readers = [name for name in METHODS if not same(trained(under=name), plain)]
+    text = " and ".join(readers)
     if rule.uses_weight:
-        pytest.skip("the class declares uses_weight = True")
+        pytest.skip("the class declares uses_weight = True" + f"; W is read in {text}" * bool(readers))
+    expect(not readers, f"{text} read{'s' * (len(readers) == 1)} W: with another W in its place the rule "
+           "does something else; expected feedback weights of its own, or uses_weight = True in the class")
+    for layer, degrees in angles.items():
+        expect(not degrees <= 10, f"the error below {layer} is backprop's own: the feedback is a copy of W; "
+               "expected feedback weights of its own, or uses_weight = True in the class")
+
+
+def test_state_is_saved(rule):
+    """goes on from what it saved: its feedback in the model's state_dict, what else it keeps in its own"""
     model, x, labels, handle = attached(rule)
-    errors, shapes = {}, {}
-    for layer in handle.layers.values():
-        layer.register_forward_pre_hook(lambda layer, args: shapes.update({layer: args[0].shape}))
-        layer.register_full_backward_hook(lambda layer, sent, came: errors.update({layer: came[0]}))
-    gradients(model, x, labels)
-    if None in errors.values() or len(errors) < len(handle.layers):
-        pytest.skip("it sends no error at all")
-
-    def all_sent():
-        torch.manual_seed(1)                                    # a rule may be random
-        return {layer: sent(handle.rule, layer, errors[layer], shapes[layer]) for layer in reversed(handle.layers.values())}
-
-    before = all_sent()
-    true = {layer: fa.project(layer, layer.weight.detach(), errors[layer], shapes[layer]) for layer in before}
-    with torch.no_grad():
-        for layer in handle.layers.values():
-            layer.weight.copy_(torch.randn_like(layer.weight))
-    after = all_sent()
-    for layer in before:
-        if before[layer] is None:
-            continue
-        expect(torch.equal(before[layer], after[layer]), f"the error below {layer} changed when only its weight W did: "
-               "backward reads layer.weight; expected feedback weights of its own, or uses_weight = True in the class")
-        expect(angle(before[layer], true[layer]) > 10, f"the error below {layer} is backprop's own from the start: the "
-               "feedback is a copy of W; expected random feedback, or uses_weight = True in the class")
-
-
-def test_feedback_is_saved(rule):
-    """saves its feedback in the state_dict, and takes it back from there"""
-    model, x, labels, handle = attached(rule, seed=0)
-    torch.manual_seed(1)
-    expected = gradients(model, x, labels)
-    fresh, *_ = attached(rule, seed=1)
-    fresh.load_state_dict(model.state_dict())
-    torch.manual_seed(1)
-    expect(same(gradients(fresh, x, labels), expected), "a fresh model with the saved state_dict has other gradients: "
-           "something that backward uses is not a buffer or parameter of its layer; make it in prepare with "
-           "layer.register_buffer")
+    train(model, x, labels, handle)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), handle.rule.state_dict()], file)
+    file.seek(0)
+    try:
+        state, kept = torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        pytest.fail("what the rule keeps in self cannot be saved: expected tensors, numbers, texts, and "
+                    "lists or dictionaries of them; a layer's own go into layer.register_buffer, in prepare",
+                    pytrace=False)
+    fresh, *_, its = attached(rule, seed=1, draws=1)
+    fresh.load_state_dict(state)
+    its.rule.load_state_dict(kept)
+    train(model, x, labels, handle)
+    train(fresh, x, labels, its)
+    expect(same(fresh.state_dict(), model.state_dict()), "a fresh rule that took all of it goes another way "
+           "than the rule that was saved: something that it uses is neither in self nor a buffer or parameter "
+           "of its layer, made in prepare")
 
 
 def test_feedback_is_fixed(rule):
@@ -162,8 +240,8 @@ def test_feedback_is_fixed(rule):
 def test_deterministic(rule):
     """is deterministic: the same seed gives the same gradients"""
     results = []
-    for _ in range(2):
-        model, x, labels, handle = attached(rule)
+    for draws in (0, 1):
+        model, x, labels, handle = attached(rule, draws=draws)
         torch.manual_seed(1)
         results.append(gradients(model, x, labels))
     expect(same(*results), "two models with the same seed have different gradients; draw with self.draw(layer) or "
@@ -173,16 +251,17 @@ def test_deterministic(rule):
 def test_copies(rule):
     """works after copy.deepcopy, and the copy goes its own way"""
     model, x, labels, handle = attached(rule)
-    clone = copy.deepcopy(model)
-    torch.manual_seed(1)
-    expected = gradients(model, x, labels)
-    torch.manual_seed(1)
-    expect(same(gradients(clone, x, labels), expected), "a copy of the model has other gradients than the model")
+    clone, other = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
-        for tensor in [*clone.parameters(), *clone.buffers()]:
+        for tensor in [*other.parameters(), *other.buffers()]:
             tensor.zero_()
+    twin, *_ = attached(rule)
+    torch.manual_seed(1)
+    expected = gradients(twin, x, labels)
     torch.manual_seed(1)
     expect(same(gradients(model, x, labels), expected), "a change of the copy changed the model: they share tensors")
+    torch.manual_seed(1)
+    expect(same(gradients(clone, x, labels), expected), "a copy of the model has other gradients than it")
 
 
 def test_removed(rule):
@@ -197,21 +276,10 @@ def test_removed(rule):
     expect(same(gradients(model, x, labels), gradients(plain, x, labels)), "the gradients differ from backprop's")
 
 
-def weights_after(rule, steps=5):
-    model, x, labels, handle = attached(rule)
-    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        F.cross_entropy(model(x), labels).backward()
-        handle.before_step()
-        optimiser.step()
-    return dict(model.named_parameters())
-
-
 def test_like(rule, request):
     """does what the rule named by --like does: the same weights after 5 steps"""
     like = request.config.getoption("--like")
-    wanted, got = weights_after(rulefile.load(like)), weights_after(rule)
+    wanted, got = (dict(train(*attached(each)).named_parameters()) for each in (rulefile.load(like), rule))
     missing = sorted(wanted.keys() - got.keys())
     expect(not missing, f"{', '.join(missing)}: no parameters of the model, so no optimiser updates them")
     for name, parameter in wanted.items():
@@ -245,7 +313,7 @@ def accuracy_on_gratings(rule):
 
 @functools.cache
 def floor():
-    return accuracy_on_gratings(fa.Frozen)
+    return grader.Child.floor or accuracy_on_gratings(fa.Frozen)
 
 
 def test_learns(rule):

@@ -26,6 +26,7 @@ BROKEN = {                                                      # source: (line 
     "import fa\nimport nowhere_to_be_found\n": (2, "ModuleNotFoundError"),
     "import fa\n1 / 0\n": (2, "ZeroDivisionError: division by zero"),
     "import sys\nsys.exit(3)\n": (2, "SystemExit"),
+    HEAD + BACKWARD + "raise SystemExit(0)\n": (4, "in backward: SystemExit: 0"),
     "import fa\nclass Other(fa.FA): pass\n": (None, "has no class MyRule; expected one of: Other"),
     "class MyRule: pass\n": (None, "MyRule is not a subclass of fa.Rule"),
     "MyRule = 3\n": (None, "MyRule is not a subclass of fa.Rule; expected one of: class MyRule(fa.FA)"),
@@ -166,58 +167,6 @@ def test_reproduce_puts_it_beside_feedback_alignment(tmp_path, monkeypatch, caps
     assert len((tmp_path / "mine" / "tiny.jsonl").read_text().splitlines()) == 5
     assert (tmp_path / "mine" / "tiny.png").exists()
     assert reproduce.main(["none", "--device", "cpu", "--rule", "dfa"]) == 2
-
-
-def test_the_graders_report(tmp_path):
-    for name, source in {"good": SIGNS, "silent": SIGNS.replace("    uses_weight = True\n", ""),
-                         "copied": HEAD + "    def prepare(self, layer):\n        layer.register_buffer('feedback', "
-                                          "layer.weight.detach().clone())\n",
-                         "forgetful": HEAD + "    def prepare(self, layer):\n        self.B = getattr(self, 'B', {})\n"
-                                             "        self.B[layer] = self.draw(layer)\n" + BACKWARD +
-                                             "return fa.project(layer, self.B[layer], error, input_shape)\n",
-                         "unseeded": HEAD + "    def prepare(self, layer):\n        layer.register_buffer('feedback', "
-                                            "torch.randn_like(layer.weight).detach())\n",
-                         "broken": "import fa\nnonsense ("}.items():
-        (tmp_path / f"{name}.py").write_text(source)
-    done = subprocess.run([sys.executable, "-m", "pytest", ROOT / "tests" / "test_rule_contract.py", "-k", "not learns", "-p",
-                           "no:cacheprovider", "--rule", f"{tmp_path}/*.py:MyRule"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    report = done.stdout
-    assert done.returncode == 1 and "Traceback" not in report and "def test" not in report
-    for name, score in {"good": "9 of 9", "silent": "9 of 10", "copied": "9 of 10", "forgetful": "9 of 10",
-                        "unseeded": "9 of 10", "broken": "0 of 10"}.items():
-        assert f"{score}  {tmp_path}/{name}.py:MyRule" in report, report
-    assert "FAILED  it cannot be loaded: " in report and "broken.py, line 2: SyntaxError" in report, report
-    parts = {part.split(":")[0].rpartition("/")[2]: part for part in report.split("\n\n") if "MyRule\n" in part}
-    assert "changed when only its weight W did" in parts["silent.py"]
-    assert "the feedback is a copy of W" in parts["copied.py"]
-    assert "FAILED  saves its feedback" in parts["forgetful.py"]
-    assert "FAILED  is deterministic" in parts["unseeded.py"]
-
-
-def test_the_assignment_is_graded_against_the_reference(tmp_path):
-    """As handed out, solved, and solved wrongly: fixed feedback, feedback that no optimiser sees, feedback without decay."""
-    stub = (ROOT / "assignments" / "kolen_pollack.py").read_text()
-    (tmp_path / "a_stub.py").write_text(stub)
-    bodies = {"b_solved": ("layer.feedback = nn.Parameter(self.draw(layer))",
-                           "layer.feedback.grad = layer.weight.grad.clone()"),
-              "c_fixed": ("super().prepare(layer)", "pass"),
-              "d_still": ("layer.feedback = nn.Parameter(self.draw(layer))", "pass")}
-    for name, lines in bodies.items():
-        source = stub
-        for line in lines:
-            start = source.index("raise NotImplementedError")
-            source = source[:start] + line + source[source.index("\n", start):]
-        (tmp_path / f"{name}.py").write_text(source)
-    done = subprocess.run([sys.executable, "-m", "pytest", ROOT / "tests" / "test_rule_contract.py", "-k", "not learns", "-p",
-                           "no:cacheprovider", "--rule", f"{tmp_path}/*.py:MyRule", "--like", "kp"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    report = done.stdout
-    for name, score in {"a_stub": " 0 of 11", "b_solved": "10 of 10", "c_fixed": " 9 of 10", "d_still": " 9 of 10"}.items():
-        assert f"{score}  {tmp_path}/{name}.py:MyRule" in report, report
-    assert "a_stub.py, line 25, in prepare: NotImplementedError: make layer.feedback a parameter" in report
-    assert "2.feedback, 4.feedback, 6.feedback, 8.feedback: no parameters of the model" in report
-    assert "after 5 steps 0.weight differs from what it is under kp, by" in report
 
 
 def test_the_readmes_rule_is_a_whole_file(tmp_path, monkeypatch):

@@ -1,0 +1,185 @@
+"""The grader behind `python -m pytest tests/test_rule_contract.py --rule ...`: a process for each submission.
+
+Whatever a submission does, such as sys.exit, an endless loop, or another default dtype, is then its own fault
+alone. pytest collects the properties to check; `run` starts a child for each rule, as many at once as there
+are cores; a child runs pytest once more, with one rule, and writes a line for each property it has judged.
+A property without a line was not kept.
+"""
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rulefile
+
+GRADES: dict[str, dict[str, tuple[bool, str]]] = {}     # rule -> property -> (kept, why not or a remark)
+SPARE = 30      # seconds: a child ends itself when its time is over; if it has not by then, it is killed
+
+
+# ---- in a child --------------------------------------------------------------------------------------------
+
+class Child:
+    """Runs pytest with one rule, and is the plugin that writes the results to its file `grades`."""
+
+    running = False                                     # in this process
+    floor = None                                        # what test_learns compares with, trained once for all
+
+    def __init__(self, folder: Path, rule: str, seconds: int, floor: float | None, args: list[str]):
+        self.folder, self.rule, self.seconds, self.its_floor, self.args = folder, rule, seconds, floor, args
+
+    def run(self) -> None:
+        if hasattr(os, "setsid"):
+            os.setsid()     # Ctrl-C reaches the grader only, and with the child ends what the child started
+        # What a submission prints goes nowhere, and what it asks for has an end.
+        with open(os.devnull, "r+") as nothing:
+            for number in range(3):
+                os.dup2(nothing.fileno(), number)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        with open(self.folder / "trace", "w") as trace:     # where it was when it crashed or ran out of time
+            faulthandler.enable(trace)
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=trace)
+            Child.running, Child.floor, os.environ["PYTEST_ADDOPTS"] = True, self.its_floor, ""
+            # pytest's own faulthandler plugin would cancel the time limit at the first failure
+            args = ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", *self.args]
+            status = pytest.main(args, plugins=[self])
+            os._exit(status)                                    # and does not wait for threads that are left
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = (yield).get_result()
+        if report.when == "teardown" or (report.when == "setup" and report.passed):
+            return
+        why = ""
+        if call.excinfo:
+            why = rulefile.explain(call.excinfo.value, self.rule) or " ".join(str(call.excinfo.value).split())
+        with open(self.folder / "grades", "a", encoding="utf-8") as file:
+            file.write(json.dumps([item.originalname, report.outcome, why.removeprefix("Skipped: ")]) + "\n")
+
+
+# ---- in the grader -----------------------------------------------------------------------------------------
+
+def run(session: pytest.Session) -> None:
+    """Have every rule graded, and tell pytest the results as if it had run the tests itself."""
+    items: dict[str, list[pytest.Item]] = {}
+    for item in session.items:
+        items.setdefault(item.callspec.params["submitted"], []).append(item)
+    GRADES.update({rule: {} for rule in items})                 # in this order, whoever is ready first
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {rule: Path(folder, str(number)) for number, rule in enumerate(items)}
+        for place in folders.values():
+            place.mkdir()
+        seconds, like = session.config.getoption("--seconds"), session.config.getoption("--like")
+        context, floor, children = _context(), None, {}
+        for item in session.items:
+            if item.originalname == "test_learns" and floor is None:
+                with context.Pool(1) as pool:       # in a clean process, and not in this one: see _context
+                    floor = pool.apply(item.module.floor)
+        for rule, place in folders.items():
+            args = [f"--rule={rule}"] + [f"--like={like}"] * bool(like)
+            tests = [f"{item.path}::{item.originalname}" for item in items[rule]]
+            children[rule] = Child(place, rule, seconds, floor, args + tests)
+        for rule, status in _run(context, children, seconds + SPARE):
+            judged = _judged(folders[rule])
+            for item in items[rule]:
+                outcome, why = judged.get(item.originalname) or (
+                    "failed", _death(rule, folders[rule], status, seconds))
+                GRADES[rule][item.function.__doc__.splitlines()[0]] = outcome != "failed", why
+                longrepr = (str(item.path), 0, why) if outcome == "skipped" else why
+                report = pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")
+                item.ihook.pytest_runtest_logreport(report=report)
+
+
+def _context():
+    """How to start a process. A fork need not import everything again, but is safe only on Linux, where torch
+    sees no GPU, and as long as this process has not called backward: autograd's threads do not survive it.
+    """
+    torch.optim.SGD([torch.zeros(1)], lr=0)             # the first optimiser imports a good part of torch
+    fork = sys.platform == "linux" and not torch.cuda.is_available()
+    return multiprocessing.get_context("fork" if fork else "spawn")
+
+
+def _run(context, children: dict[str, Child], seconds: float):
+    """As many at once as there are cores. Yields (rule, exit status, or None if it had to be killed)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting, running = list(children), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < cores:
+                process = context.Process(target=children[waiting[0]].run)
+                process.start()
+                running[waiting.pop(0)] = process, time.monotonic() + seconds
+            time.sleep(0.02)
+            for rule, (process, end) in list(running.items()):
+                status = process.exitcode                       # None: it is still running
+                if status is not None or time.monotonic() > end:
+                    _kill(running.pop(rule)[0])
+                    yield rule, status
+    finally:                                                    # also after Ctrl-C
+        for process, _ in running.values():
+            _kill(process)
+
+
+def _kill(process: multiprocessing.Process) -> None:
+    """With all that it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def _judged(folder: Path) -> dict[str, tuple[str, str]]:
+    grades = folder / "grades"
+    lines = grades.read_text(encoding="utf-8").splitlines() if grades.exists() else []
+    return {name: (outcome, why) for name, outcome, why in map(json.loads, lines)}
+
+
+def _death(rule: str, folder: Path, status: int | None, seconds: int) -> str:
+    """Why a child judged no more properties."""
+    path = str(Path(rule.rpartition(":")[0]))
+    trace = (folder / "trace").read_text(errors="replace") if (folder / "trace").exists() else ""
+    frame = re.search(rf'File "{re.escape(path)}", line (\d+) in (.+)', trace)  # the innermost comes first
+    where = frame[1] + (f", in {frame[2]}" if frame[2] != "<module>" else "") if frame else ""
+    late = status is None or "Timeout (" in trace
+    what = (f"it was still running after {seconds} seconds; --seconds allows more" if late
+            else f"it was killed by {signal.Signals(-status).name}" if status < 0
+            else f"it ended Python itself, with exit status {status}")
+    return f"{path}, line {where}: {what}" if where else what
+
+
+def report(write) -> None:
+    """Each property of each rule, each reason once, and the scores."""
+    for rule, grades in GRADES.items():
+        write(f"\n{rule}")
+        failed: dict[str, list[str]] = {}                       # reason -> properties
+        for text, (kept, why) in grades.items():
+            if not kept:
+                failed.setdefault(why, []).append(text)
+        if any(len(texts) == len(grades) > 1 for texts in failed.values()):
+            write(f"  FAILED  nothing could be checked: {next(iter(failed))}")
+            continue
+        for text, (kept, why) in grades.items():
+            if kept:
+                write(f"  ok      {text}")
+            elif text == failed[why][0]:
+                for each in failed[why]:
+                    write(f"  FAILED  {each}")
+            else:
+                continue                                        # stands above, with its reason
+            if why:
+                write(f"            {why}")
+    write("")
+    for rule, grades in GRADES.items():
+        write(f"{sum(kept for kept, _ in grades.values()):2} of {len(grades)}  {rule}")
