@@ -142,13 +142,6 @@ class Rule:
     def before_step(self, layer: Layer) -> None:
         """Called for each hidden layer between the backward pass and the optimiser's step, for feedback that learns."""
 
-    def state_dict(self) -> dict:
-        return {**vars(self), "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.set_state(state["generator"])
-        vars(self).update({k: v for k, v in state.items() if k != "generator"})
-
     def draw(self, layer: Layer) -> Tensor:
         """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every device (but
         for rounding where `orthogonal` needs an SVD).
@@ -430,9 +423,6 @@ class DFA(Rule):
         self._pass: int | None = None                   # the backward pass that _output and _error belong to
         self._output: Layer | None = None
         self._error: Tensor | None = None
-
-    def state_dict(self) -> dict:
-        return {"generator": self.generator.get_state()}
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
         this_pass = torch._C._current_graph_task_id()
