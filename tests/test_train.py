@@ -24,6 +24,7 @@ def small_gratings(monkeypatch, tmp_path):
     """In this process, few gratings, and a working directory that is thrown away."""
     few = REAL_GRATINGS(256, 64)
     monkeypatch.setattr(data, "gratings", lambda: few)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)         # after every epoch
     monkeypatch.chdir(tmp_path)
 
 
