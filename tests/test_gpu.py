@@ -6,8 +6,11 @@ import types
 import pytest
 import torch
 from test_train import SMALL, small_gratings  # noqa: F401  (a fixture)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
+import fa
 import norm
 import parallel
 import speed
@@ -241,3 +244,70 @@ def test_batch_norm_over_gpus_is_torchs_own(monkeypatch):
     (args,) = called
     assert args[1] is layer.weight and args[3] is layer.running_mean and args[5:7] == (layer.eps, layer.momentum)
     assert args[8] == 4
+
+
+# ---- a step on a device whose tensors have no values -----------------------------------------------------------------------
+
+class OnMeta(TorchDispatchMode):
+    """Every tensor of every operation must be on torch's meta device, which can be asked for no value: what a step may do
+    here, it may do while a CUDA graph records it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # Fused SGD writes in place and returns nothing; torch has not told it of the meta device.
+        fused = function is torch.ops.aten._fused_sgd_.tensor_lr
+        result = None if fused else function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+                raise AssertionError(f"{function} has a tensor of shape {tuple(leaf.shape)} on {leaf.device}")
+        return result
+
+
+def step_on_meta(case, fault=None):
+    """One step on the CPU, after which momentum and feedback are there, and the next one on meta."""
+    trainer = made(case, cuda_settings=True)
+    trainer.descend(torch.arange(16))
+    trainer.model.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)         # the optimisers' parameters too, being the same ones
+    try:
+        trainer.model.to("meta")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for optimiser, _ in trainer.optimisers:
+        for holder in [*optimiser.param_groups, *optimiser.state.values()]:
+            holder.update({k: v.to("meta") for k, v in holder.items() if isinstance(v, torch.Tensor)})
+    for holder in (trainer, trainer.normalise):
+        vars(holder).update({k: v.to("meta") for k, v in vars(holder).items() if isinstance(v, torch.Tensor)})
+    if fault:
+        forward = trainer.forward
+        trainer.forward = lambda *images: fault(forward(*images))
+    with OnMeta():
+        return trainer.descend(torch.arange(16, device="meta"))
+
+
+@pytest.mark.parametrize("norm", ["", *(f"--norm {kind}" for kind in norm.KINDS if kind != "whiten")])      # no autocast
+@pytest.mark.parametrize("rule", fa.RULES)
+def test_a_step_asks_for_no_value_and_stays_on_the_device(rule, norm):
+    for rest in ("", "--muon --amp"):
+        assert all(result.is_meta for result in step_on_meta(f"--rule {rule} {norm} {rest}"))
+
+
+def test_a_step_of_the_headline_run_stays_on_the_device():
+    assert all(result.is_meta for result in step_on_meta("--muon --norm --model resnet18 --width 8"))
+
+
+CPU_TENSOR = torch.ones(10)
+FAULTS = {"item": lambda y: y * y.sum().item(),
+          "bool": lambda y: y if y.sum() > 0 else -y,
+          "nonzero": lambda y: y * len(y.nonzero()),
+          "mask": lambda y: y + y[y > 0].sum(),
+          "cpu": lambda y: y.cpu().to(y.device),
+          "CPU index": lambda y: y[:, torch.arange(10)],
+          "stray CPU tensor": lambda y: y + CPU_TENSOR,
+          "stray CPU number": lambda y: y + CPU_TENSOR[0]}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_leaves_the_device_is_caught(fault):
+    assert FAULTS[fault](torch.ones(4, 10)).shape == (4, 10)            # on the CPU there is nothing wrong with it
+    with pytest.raises((AssertionError, RuntimeError)):
+        step_on_meta("--norm", FAULTS[fault])
