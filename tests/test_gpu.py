@@ -2,16 +2,18 @@
 checkpoint from elsewhere. test_speed.py replays steps, here nothing is computed on a GPU."""
 import contextlib
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from test_train import SMALL, small_gratings  # noqa: F401  (a fixture)
+from test_train import SMALL, made_cifar100, small_gratings  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
 import fa
 import norm
+import options
 import parallel
 import speed
 import train
@@ -86,6 +88,41 @@ def test_bf16_is_not_emulated(capability, bf16, reason, card):
     args = train.parse(["--muon"])
     assert (args.amp, args.amp_reason) == (bf16, reason)
     assert train.muon_dtype(args.device) == (torch.bfloat16 if bf16 else torch.float32)
+
+
+@pytest.mark.parametrize("onednn, avx2, avx512_bf16, expected", [
+    (True, True, True, True), (True, True, False, False),       # x86; the second has AVX512, but not for bf16
+    (False, True, False, False), (True, False, False, True),    # x86 with AVX2; Arm with bf16
+    (False, False, False, False), (None, False, True, False)])  # Arm without, and a torch without oneDNN
+def test_a_cpu_is_asked_whether_it_computes_bf16(onednn, avx2, avx512_bf16, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn is not None)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert options.computes_bf16(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("asked, amp, reason", [
+    ("", False, "default for gratings"), ("--amp", True, "as asked"), ("--dataset cifar10 --no-amp", False, "as asked"),
+    ("--dataset cifar10", None, None), ("--dataset cifar100", None, None), ("--dataset .", None, None)])
+def test_the_precision_on_a_cpu(asked, amp, reason, has, monkeypatch):
+    monkeypatch.setattr(options, "computes_bf16", lambda device: has)
+    args = train.parse(asked.split())
+    if amp is None:
+        amp, reason = has, "this CPU has it" if has else "this CPU has no bf16"
+    assert (args.amp, args.amp_reason) == (amp, reason)
+
+
+def test_a_run_goes_on_in_its_precision(monkeypatch, capsys):
+    made_cifar100(Path("data"))
+    monkeypatch.setattr(options, "computes_bf16", lambda device: True)
+    small = ["--dataset", "cifar100", "--model", "cnn", *SMALL[2:]]
+    assert train.main([*small, "--epochs", "1", "--out", "run"]) == 0
+    assert "bf16 autocast (this CPU has it)" in capsys.readouterr().out
+    monkeypatch.setattr(options, "computes_bf16", lambda device: False)
+    assert train.main(["--resume", "run", "--epochs", "2"]) == 0
+    assert "bf16 autocast (as the run began)" in capsys.readouterr().out
 
 
 def made(case="", cuda_settings=False):
