@@ -100,6 +100,7 @@ def test_a_cpu_is_asked_whether_it_computes_bf16(onednn, avx2, avx512_bf16, expe
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     assert options.computes_bf16(torch.device("cpu")) == expected
+    assert train.muon_dtype(torch.device("cpu")) == (torch.bfloat16 if expected else torch.float32)
 
 
 @pytest.mark.parametrize("has", [False, True])
