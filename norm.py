@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules._functions import SyncBatchNorm
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -92,18 +93,19 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))    # read by nobody, not counted: only torch's name
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.num_batches_tracked.add_(1)
-            if processes() > 1:
-                return self._together(x)
+        if self.training and processes() > 1:
+            return self._together(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
                             self.momentum, self.eps)
 
     def _together(self, x: Tensor) -> Tensor:
-        """The same over the images of all processes: torch's own nn.SyncBatchNorm knows no CPU."""
+        """The same over the images of all processes, on a GPU by torch's own kernels, which know no CPU."""
+        if x.is_cuda:
+            return SyncBatchNorm.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
+                                       self.momentum, dist.group.WORLD, processes())
         axes, count = (0, *range(2, x.dim())), processes() * x.numel() // x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))

@@ -141,7 +141,8 @@ def add_machine(p: argparse.ArgumentParser) -> None:
                    help="on a GPU too the same bits in every run, by operations that may be slower (default: there some sums "
                         "come in any order; on a CPU all bits are the same anyway)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction,
-                   help="bf16 in forward and backward, float32 for weights (default: on a GPU, where it is faster)")
+                   help="bf16 in forward and backward, float32 for weights (default: where the GPU or the CPU has instructions "
+                        "for it and so is faster; on a CPU not for gratings, whose numbers the README prints)")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -187,10 +188,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--graph cannot be combined with {changing}: its Python may do something else in every step")
     if args.graph is None:
         args.graph = args.device.type == "cuda" and not changing
-    args.amp_reason = "as asked"
+    args.amp_reason = "as the run began" if args.resume else "as asked"
     if args.amp is None:
-        args.amp = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        args.amp_reason = f"default on a {'GPU' if args.device.type == 'cuda' else 'CPU'}"
+        kept = args.device.type == "cpu" and args.dataset == "gratings"         # the README prints their numbers
+        args.amp = not kept and computes_bf16(args.device)
+        here = f"this {'GPU' if args.device.type == 'cuda' else 'CPU'} has {'it' if args.amp else 'no bf16'}"
+        args.amp_reason = "default for gratings" if kept else here
     return args
 
 
@@ -220,20 +223,52 @@ def resumed(p: argparse.ArgumentParser, argv: list[str] | None, folder: Path) ->
 
 
 def choose_device(p: argparse.ArgumentParser, name: str) -> tuple[torch.device, str]:
+    """(device, why). A GPU has its number here, and becomes the current one, on which streams and graphs are made."""
     available = torch.cuda.is_available()
-    if name == "auto":
-        return (torch.device("cuda"), "a GPU was found") if available else (torch.device("cpu"), "no GPU was found")
+    if name == "auto" and not available:
+        return torch.device("cpu"), "no GPU was found"
     try:
-        device = torch.device(name)
+        device = torch.device("cuda" if name == "auto" else name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         p.error(f"--device {name}: choose cpu, cuda or cuda:N")
-    if device.type == "cuda" and not available:
+    if device.type == "cpu":
+        return device, "as asked"
+    if not available:
         p.error(f"--device {name}: torch {torch.__version__} finds no GPU here; leave --device out to use the CPU")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if parallel.asked() else device.index or 0)
+    if device.index >= torch.cuda.device_count():
         p.error(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-    return device, "as asked"
+    trouble = try_out(device)
+    if trouble and name == "auto":
+        return torch.device("cpu"), f"a GPU was found but fails: {trouble}"
+    if trouble:
+        p.error(f"--device {name}: the GPU fails: {trouble}; leave --device out to use the CPU")
+    return device, "a GPU was found" if name == "auto" else "as asked"
+
+
+def try_out(device: torch.device) -> str:
+    """Make this GPU the current one and add two numbers on it. Returns why that fails, or "".
+
+    A torch that was built without kernels for a card finds it, and fails at the first operation.
+    """
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as e:
+        return str(e).splitlines()[0]
+    return ""
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Does this device have instructions for bf16? Where it is only emulated, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)       # is_bf16_supported() counts emulation
+    # On x86 oneDNN's word is not enough: it counts every AVX512, and converts to float32 and back where AVX512-BF16 is missing.
+    x86 = torch.cpu._is_avx2_supported()
+    return (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and (not x86 or torch.cpu._is_avx512_bf16_supported()))
 
 
 def fixed() -> list[str]:

@@ -34,8 +34,9 @@ def asked() -> bool:
 def start(device: torch.device) -> None:
     """Meet the other processes: NCCL between GPUs, gloo between CPUs."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)       # or it would guess
+    else:
+        dist.init_process_group("gloo")
 
 
 def stop(together: bool = True) -> None:

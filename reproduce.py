@@ -177,6 +177,8 @@ def jobs(experiment: Experiment, seeds: int, changes: list[str]) -> list[Job]:
 
 def key(args: dict, version: int) -> str:
     chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None and v is not False}   # flags of later days
+    if args.get("amp_reason") == "as asked":                    # an experiment about precision
+        chosen["amp"] = args["amp"]
     return json.dumps({**chosen, "version": version}, sort_keys=True)
 
 

@@ -34,9 +34,13 @@ def prepare(device: torch.device, deterministic: bool = False) -> None:
     """Once, before training. `deterministic`: on a GPU too the same bits in every run, by operations that may be slower."""
     if device.type != "cuda":
         keep_memory()
-    elif deterministic:
+        return
+    # "float32" means float32. By default convolutions would round their factors to 10 bits (TF32), and products would not.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")             # asked for by cuBLAS
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False             # or a kernel writes NaN into each empty tensor
     else:
         torch.backends.cudnn.benchmark = True                   # shapes never change: try the algorithms once, keep the fastest
 
@@ -55,10 +59,11 @@ class RecordError(RuntimeError):
 
 
 def record_cuda(step: Callable[[], tuple], generator: torch.Generator) -> tuple[Callable[[], None], tuple]:
-    """(replay, the tensors that each replay fills). Recording runs nothing."""
+    """(replay, the tensors that each replay fills), on the current stream, not the default one. Recording runs nothing."""
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+    if torch.__version__ < (2, 14):                             # later ones find the generator themselves, and warn
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         results = step()
     return graph.replay, results
 
@@ -70,34 +75,43 @@ class Graphed:
     generator   the random generator that the step draws from
     warm_up     calls that just run
     record      how to record: record_cuda, or the stand-in of the tests
-    Raises RecordError from the first call after the warm-up, if there is something in the step that no graph can hold.
+    Raises RecordError from the first call after the warm-up, if there is something in the step that no graph can hold;
+    torch.OutOfMemoryError as the step itself does.
     """
 
     def __init__(self, step: Step, generator: torch.Generator, warm_up: int = 3, record: Callable = record_cuda):
         self.step, self.generator, self.warm_up, self.record = step, generator, warm_up, record
         self.replay: Callable[[], None] | None = None
+        self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, argument: Tensor) -> tuple[Tensor, ...]:
         if self.warm_up > 0:
             self.warm_up -= 1
-            return self._aside(argument)
+            return self._aside(lambda: self.step(argument), argument.device)
         if self.replay is None:
             self.argument = argument.clone()
             try:
-                self.replay, self.results = self.record(lambda: self.step(self.argument), self.generator)
+                self.replay, self.results = self._aside(
+                    lambda: self.record(lambda: self.step(self.argument), self.generator), argument.device)
             except RuntimeError as e:
-                raise RecordError(f"the step cannot be recorded as a CUDA graph: {str(e).splitlines()[0]}") from e
+                first: BaseException = e                        # the end of a recording that failed complains once more
+                while first.__context__:
+                    first = first.__context__
+                if isinstance(first, torch.OutOfMemoryError):
+                    raise first from None
+                raise RecordError(f"the step cannot be recorded as a CUDA graph: {str(first).splitlines()[0]}") from e
         self.argument.copy_(argument)
         self.replay()
         return tuple(result.clone() for result in self.results)         # the next replay writes over them
 
-    def _aside(self, argument: Tensor) -> tuple[Tensor, ...]:
-        """Run it on another stream than the default one, where nothing can be recorded."""
-        if argument.device.type != "cuda":
-            return self.step(argument)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            results = self.step(argument)
-        torch.cuda.current_stream().wait_stream(stream)
+    def _aside(self, call: Callable[[], tuple], device: torch.device) -> tuple:
+        """Run it on another stream than the default one, where nothing can be recorded; always the same one, as libraries keep
+        memory of their own for each stream."""
+        if device.type != "cuda":
+            return call()
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = call()
+        torch.cuda.current_stream().wait_stream(self.stream)
         return results

@@ -47,9 +47,11 @@ import rank
 import rulefile
 import runs
 import speed
-from options import VERSION, fixed, parse, settings
+from options import VERSION, computes_bf16, fixed, parse, settings
 
 DIVERGED = 3                    # exit status
+CHECKPOINT_SECONDS = 30         # at least, between two of them: a fast GPU's epoch takes little longer than writing one
+OF_THE_DEVICE = ("lr", "fused", "foreach", "capturable", "dtype")       # an optimiser's own, not from a checkpoint
 
 
 # ---- one epoch -------------------------------------------------------------------------------------------------
@@ -100,7 +102,8 @@ class Trainer:
         if hidden:
             decay = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
             divide = parallel.size() > 1
-            self.optimisers.insert(0, (muon.Muon(hidden, rate(args.muon_lr), weight_decay=decay, divide=divide), args.muon_lr))
+            self.optimisers.insert(0, (muon.Muon(hidden, rate(args.muon_lr), weight_decay=decay, divide=divide,
+                                                 dtype=muon_dtype(device)), args.muon_lr))
         each_in_one(self.model, [optimiser for optimiser, _ in self.optimisers])
         self.repeat = speed.Graphed(self.descend, self.generator) if args.graph else self.descend
         self.step = 0
@@ -241,10 +244,10 @@ class Trainer:
         device = self.args.device
         self.model.load_state_dict(state["model"])
         for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
-            rates = [group["lr"] for group in optimiser.param_groups]           # the tensors that a CUDA graph reads
+            ours = [{key: group[key] for key in OF_THE_DEVICE if key in group} for group in optimiser.param_groups]
             optimiser.load_state_dict(saved)
-            for group, rate in zip(optimiser.param_groups, rates):
-                group["lr"] = rate
+            for group, own in zip(optimiser.param_groups, ours):
+                group.update(own)                                               # lr: the tensor that a CUDA graph reads
         self.step, self.begun = state["step"], state["begun"]
         if self.begun:
             self.begun = {key: value.to(device) if isinstance(value, Tensor) and key != "order" else value
@@ -258,6 +261,11 @@ class Trainer:
         if self.recorder:
             self.recorder.load_state_dict(state["recorder"])
             self.trajectory.load_state_dict(state["trajectory"])
+
+
+def muon_dtype(device: torch.device) -> torch.dtype:
+    """In which Muon iterates: bf16 is enough, but where it is only emulated float32 is many times faster."""
+    return torch.bfloat16 if computes_bf16(device) else torch.float32
 
 
 def each_in_one(model: torch.nn.Module, optimisers: list[torch.optim.Optimizer]) -> None:
@@ -282,8 +290,9 @@ def header(args: argparse.Namespace, trainer: Trainer) -> str:
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     images = f"{len(trainer.train_images):,} + {trainer.test_count:,}{' held-out' if args.validate else ''} images"
     where += f", {parallel.size()} processes" if parallel.size() > 1 else ""
+    precision = "bf16 autocast" if args.amp else "float32" + ", no TF32" * (args.device.type == "cuda")
     lines = [f"{title(args)} · {args.model}, {count:,} parameters · {args.dataset}, {images} · {where} ({args.device_reason}), "
-             f"{'bf16 autocast' if args.amp else 'float32'} ({args.amp_reason})"
+             f"{precision} ({args.amp_reason})"
              f"{', steps in a CUDA graph' if args.graph else ''}"]
     for optimiser, lr in trainer.optimisers:
         tensors = [p for group in optimiser.param_groups for p in group["params"]]
@@ -362,6 +371,7 @@ def identity(args: argparse.Namespace, trainer: Trainer) -> dict:
 def train(args: argparse.Namespace, trainer: Trainer, log: Log) -> int:
     """Run all epochs that are left, writing the folder as they end. Returns the exit status."""
     first, began = len(log.lines), time.perf_counter()
+    kept = began                                                                # when the last checkpoint was written
     if first >= args.epochs:                                                    # resumed, and there was nothing left to do
         return end(log, began)
     if args.rank and not log.ranks:
@@ -383,12 +393,15 @@ def train(args: argparse.Namespace, trainer: Trainer, log: Log) -> int:
                 return end(log, began)
             if args.rank and (epoch % args.rank == 0 or epoch == args.epochs):
                 log.rank({"epoch": epoch, **trainer.record()})
-            log.checkpoint(trainer)
+            stop = interruption.status                                          # asked once: it may come at any moment
+            if stop or epoch == args.epochs or time.perf_counter() - kept >= CHECKPOINT_SECONDS:
+                log.checkpoint(trainer)
+                kept = time.perf_counter()
             left = (time.perf_counter() - began) / (epoch - first) * (args.epochs - epoch)
             log.say(f"epoch {epoch:3}/{args.epochs}  loss {line['train_loss']:7.4f}  train {line['train_accuracy']:6.1%}  "
                     f"{measured} {line['test_accuracy']:6.1%}  {line['seconds']:6.1f} s  {span(left)} left")
-            if interruption.status and epoch < args.epochs:
-                return stopped(trainer, log, interruption.status)
+            if stop and epoch < args.epochs:
+                return stopped(trainer, log, stop)
     return end(log, began)
 
 
@@ -466,8 +479,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if not parallel.asked():
         return run(args)
-    if args.device.type == "cuda":
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     parallel.start(args.device)
     status = run(args)
     parallel.stop(together=status in (0, DIVERGED))             # another status may be that of one process alone
@@ -514,6 +525,9 @@ def run(args: argparse.Namespace) -> int:
         return complain(f"nobody reads the output any more{f'; finished epochs are in {folder}' if folder else ''}", 141)
     except speed.RecordError as e:
         return complain(f"{e}; add --no-graph")
+    except torch.OutOfMemoryError as e:
+        return complain(f"the GPU's memory is full: {str(e).split('. ')[0]}; choose a smaller --batch-size or --width"
+                        + f"; finished epochs are in {folder}" * bool(folder))
     except KeyboardInterrupt:
         return complain(f"stopped at once; finished epochs are in {folder}" if folder else "stopped before the run began", 130)
     except Exception as e:                                      # of a rule out of anybody's file, or else it goes on

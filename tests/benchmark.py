@@ -7,8 +7,12 @@ Rows of a group take turns, in another order each round, so that a busy machine 
 over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.update` with its batch:
 augmentation, forward, backward with the hooks, schedule, Muon and SGD. Operations are those that compute or copy something; on
 a GPU each is at least one kernel launch, but a captured step is one in all.
+
+The ceiling of a precision is what large matrix products and convolutions reach in it, measured in the same process. A precision
+that the machine has no instructions for is left out. On two cores it takes some four minutes, most of them for width 64.
 """
 import copy
+import itertools
 import json
 import math
 import random
@@ -18,7 +22,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -72,48 +78,56 @@ def plain_hooks(trainer: train.Trainer, rule: fa.Rule) -> None:
     layers = [m for m in trainer.model.modules() if isinstance(m, fa.Layer)]
     for layer in layers[1:]:
         rule.prepare(layer)
-        layer.rule, layer.unreplaced = rule, 0
+        layer.rule = rule
         layer.register_full_backward_hook(fa._replace_error)
 
 
-def steps(device: torch.device, width: int, batch: int) -> dict:
-    """name -> a function that makes one training step."""
+FLAGS = {"BP + norm": "--rule bp --norm", "FA + norm, plain hook": "--rule bp --norm", "FA + norm": "--rule fa --norm",
+         "FA": "--rule fa", "BP": "--rule bp", "FA + Muon": "--rule fa --muon", "FA + Muon + norm": "--rule fa --muon --norm"}
+AGAINST = {"FA": "BP", "FA + Muon": "BP", **{name: "BP + norm" for name in FLAGS if name.startswith("FA") and "norm" in name}}
+MAIN = ["BP + norm", "FA + norm", "FA + Muon + norm"]
+
+
+class Variant(NamedTuple):
+    flags: str                  # of train.py
+    against: str | None         # the row that it is compared with
+    precision: str
+
+
+def precisions(device: torch.device) -> dict[str, torch.dtype]:
+    """Those that a step is measured in: on a GPU its default, on a CPU both that it has instructions for."""
+    native = {"bf16": torch.bfloat16} if options.computes_bf16(device) else {}
+    return native if native and device.type == "cuda" else {"float32": torch.float32, **native}
+
+
+def variants(device: torch.device, names: list[str]) -> dict[str, Variant]:
+    """What is measured, by the names of its rows: `names` in the first precision, MAIN in the other and in a CUDA graph."""
+    listed, first = {}, next(iter(precisions(device)))
+    for precision in precisions(device):
+        tail, amp = (", bf16", "--amp") if precision == "bf16" else ("", "--no-amp")
+        for name in names if precision == first else MAIN:
+            against = AGAINST[name] + tail if name in AGAINST else None if precision == first else name
+            listed[name + tail] = Variant(f"{FLAGS[name]} {amp} --no-graph", against, precision)
+        for name in MAIN if device.type == "cuda" else []:
+            against = f"{AGAINST[name]}{tail}, captured" if name in AGAINST else name + tail
+            listed[f"{name}{tail}, captured"] = Variant(f"{FLAGS[name]} {amp} --graph", against, precision)
+    return listed
+
+
+def step_of(device: torch.device, width: int, batch: int, name: str, flags: str) -> Callable[[], None]:
+    """A function that makes one training step."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (4 * batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.randint(100, (4 * batch,), generator=generator)
     dataset = data.Dataset(images, labels, images[:10], labels[:10], [str(i) for i in range(100)])
-    common = ["--dataset", "cifar100", "--width", str(width), "--batch-size", str(batch), "--epochs", "100000",
-              "--device", str(device)]
-    variants = {"BP + norm": ["--rule", "bp", "--norm"], "FA + norm, plain hook": ["--rule", "bp", "--norm"],
-                "FA + norm": ["--rule", "fa", "--norm"], "FA": ["--rule", "fa"], "BP": ["--rule", "bp"],
-                "FA + Muon": ["--rule", "fa", "--muon"], "FA + Muon + norm": ["--rule", "fa", "--muon", "--norm"]}
-    if device.type == "cuda":
-        variants.update({f"{name}, captured": variants[name] for name in ("BP + norm", "FA + norm", "FA + Muon + norm")})
-    calls = {}
-    for name, own in variants.items():
-        own = [*own, "--graph" if name.endswith("captured") else "--no-graph"]
-        rates = ["--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in own)]
-        trainer = train.Trainer(train.parse([*common, *own, *rates]), dataset)
-        trainer.model.train()
-        if name.endswith("plain hook"):
-            plain_hooks(trainer, fa.FA(seed=0))
-
-        def call(trainer=trainer, batches=[]) -> None:                          # noqa: B006  (it is this trainer's own)
-            if not batches:
-                batches.append(iter(()))
-            chosen = next(batches[0], None)
-            if chosen is None:
-                batches[0] = data.indices(4 * batch, batch, trainer.generator)
-                chosen = next(batches[0])
-            trainer.update(chosen)
-
-        calls[name] = call
-    return calls
-
-
-COMPARED = {"FA + norm, plain hook": "BP + norm", "FA + norm": "BP + norm", "FA": "BP", "FA + Muon": "BP",
-            "FA + Muon + norm": "BP + norm", "BP + norm, captured": "BP + norm", "FA + norm, captured": "BP + norm, captured",
-            "FA + Muon + norm, captured": "BP + norm, captured"}
+    rates = ["--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in flags)]
+    trainer = train.Trainer(train.parse(["--dataset", "cifar100", "--width", str(width), "--batch-size", str(batch), "--epochs",
+                                         "100000", "--device", str(device), *rates, *flags.split()]), dataset)
+    trainer.model.train()
+    if "plain hook" in name:
+        plain_hooks(trainer, fa.FA(seed=0))
+    order = (chosen for _ in itertools.count() for chosen in data.indices(4 * batch, batch, trainer.generator))
+    return lambda: trainer.update(next(order))
 
 
 def flops_an_image(width: int) -> int:
@@ -125,12 +139,12 @@ def flops_an_image(width: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def ceiling(device: torch.device) -> float:
-    """FLOP/s of a large matrix product, in the precision that the step uses: bf16 on a GPU, float32 on a CPU.
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product.
 
     The product by itself, or in a convolution of many channels, which on some CPUs has the faster library.
     """
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     images, kernel = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
                       for shape in ((64, 512, 16, 16), (512, 512, 3, 3)))
@@ -139,26 +153,38 @@ def ceiling(device: torch.device) -> float:
     return max(flops[way] / statistics.median(each) for way, each in in_turns(device, ways, 10).items())
 
 
-def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: float) -> list[dict]:
-    calls, flops = steps(device, width, batch), flops_an_image(width)
-    if device.type == "cuda":
-        for call in calls.values():                                             # until the graphs are recorded
-            for _ in range(4):
-                call()
-    seconds, rows = in_turns(device, calls, rounds), []
-    for name, each in seconds.items():
-        median, peak, operations = statistics.median(each), None, 1
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: dict[str, float], names: list[str]) -> list[dict]:
+    gpu, flops, calls, at_rest = device.type == "cuda", flops_an_image(width), {}, {}
+    listed, held = variants(device, names), allocated(device)
+    for name, variant in listed.items():
+        calls[name] = step_of(device, width, batch, name, variant.flags)
+        for _ in range(4 if gpu else 0):                        # until the graph is recorded
             calls[name]()
-            wait(device)
-            peak = torch.cuda.max_memory_allocated(device) / 2 ** 20
-        if not name.endswith("captured"):
-            operations = operations_of(calls[name])
+        held, at_rest[name] = allocated(device), allocated(device) - held
+    # To wait for the GPU after each step would time the waiting: a captured step is handed over in no time.
+    seconds, rows = in_turns(device, calls, rounds, repeat=10 if gpu else 1), []
+    for name, each in seconds.items():
+        median, captured = statistics.median(each), name.endswith("captured")
+        peak = None if captured or not gpu else at_rest[name] + more_in(device, calls[name])    # a graph's own is not seen
         rows.append({"group": f"step, ResNet-18 of width {width}, batch {batch}", "row": name, "seconds": median,
-                     "spread": spread(each), "against": COMPARED.get(name), "images_per_second": batch / median,
-                     "share_of_ceiling": batch * flops / median / top, "peak_MiB": peak, "operations": operations})
+                     "spread": spread(each), "against": listed[name].against, "images_per_second": batch / median,
+                     "share_of_ceiling": batch * flops / median / top[listed[name].precision],
+                     "peak_MiB": peak and peak / 2 ** 20, "operations": 1 if captured else operations_of(calls[name])})
     return rows
+
+
+def allocated(device: torch.device) -> int:
+    wait(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def more_in(device: torch.device, call: Callable[[], None]) -> int:
+    """Bytes on a GPU that a call needs at its peak, beyond those that are held before it."""
+    before = allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    wait(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------
@@ -185,17 +211,18 @@ def operations_of(call) -> int:
 
 def memory_rows(device: torch.device, width: int, batch: int, rounds: int) -> list[dict]:
     """A step before and after speed.prepare, which on a CPU keeps the memory of dead tensors; so call it first of all."""
-    call, seconds = steps(device, width, batch)["FA + Muon + norm"], {}
+    call, seconds = step_of(device, width, batch, "", FLAGS["FA + Muon + norm"] + " --no-amp"), {}
     for name in ("given back", "kept"):
         seconds[name] = in_turns(device, {name: call}, rounds)[name]
         speed.prepare(device)
     return rows_of(f"memory of dead tensors, FA + Muon + norm, width {width}, batch {batch}", seconds)
 
 
-def convolution_rows(device: torch.device, width: int, batch: int, rounds: int) -> list[dict]:
+def convolution_rows(device: torch.device, width: int, batch: int, rounds: int, precision: str) -> list[dict]:
     """Error and weight gradient of a step's hidden convolutions: by one call, as autograd does with W, or by two, as with B."""
     import models
-    model, calls = models.resnet18(100, "batch", width).to(device, memory_format=torch.channels_last), []
+    calls, dtype = [], precisions(device)[precision]
+    model = models.resnet18(100, "batch", width).to(device, dtype, memory_format=torch.channels_last)
 
     def see(layer: nn.Conv2d, inputs: tuple, output: torch.Tensor) -> None:
         geometry = (None, layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
@@ -203,7 +230,7 @@ def convolution_rows(device: torch.device, width: int, batch: int, rounds: int) 
 
     for layer in [m for m in model.modules() if isinstance(m, nn.Conv2d)][1:]:
         layer.register_forward_hook(see)
-    model(torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last))
+    model(torch.randn(batch, 3, 32, 32, device=device, dtype=dtype).to(memory_format=torch.channels_last))
     backward = torch.ops.aten.convolution_backward
 
     def one() -> None:
@@ -215,7 +242,7 @@ def convolution_rows(device: torch.device, width: int, batch: int, rounds: int) 
             backward(*call, (False, True, False))
             backward(*call, (True, False, False))
 
-    return timed(device, f"backward of the {len(calls)} hidden convolutions, width {width}, batch {batch}",
+    return timed(device, f"backward of the {len(calls)} hidden convolutions, width {width}, batch {batch}, {precision}",
                  {"one call for both gradients": one, "two calls": two}, rounds)
 
 
@@ -319,24 +346,34 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     p = options.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
-    p.add_argument("--rounds", type=options.number(int, 2), default=15, help="how often every row is timed (default: 15)")
+    p.add_argument("--rounds", type=options.number(int, 2), default=9,
+                   help="how often every row is timed (default: 9; of a wide network on a CPU half as often)")
     p.add_argument("--batch-sizes", type=options.number(int, 1), nargs="+", default=[128, 512], metavar="N")
-    p.add_argument("--width", type=options.number(int, 1), help="of ResNet-18 (default: 64 on a GPU, 16 on a CPU)")
+    p.add_argument("--width", type=options.number(int, 1),
+                   help="of ResNet-18 (default: 64 on a GPU; on a CPU 16, and 64 for the first batch size)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="keep the rows, and what they were measured with")
     args = p.parse_args(argv)
     device, _ = options.choose_device(p, args.device)
     width = args.width or (64 if device.type == "cuda" else 16)
     memory = memory_rows(device, width, max(args.batch_sizes), args.rounds) if device.type == "cpu" else []
     speed.prepare(device)
-    top = ceiling(device)
+    top = {precision: ceiling(device, dtype) for precision, dtype in precisions(device).items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name} · torch {torch.__version__} · large matrix products reach {top / 1e12:.3g} TFLOP/s")
+    print(f"{name} · torch {torch.__version__} · large matrix products reach "
+          + ", ".join(f"{reached / 1e12:.3g} TFLOP/s in {precision}" for precision, reached in top.items()))
+    if "bf16" not in top:
+        print("no rows in bf16, as that of torch.optim.Muon: there are no instructions for it here")
     rows = []
     for batch in args.batch_sizes:
-        rows += step_rows(device, width, batch, args.rounds, top)
-    rows += memory + convolution_rows(device, width, args.batch_sizes[0], args.rounds)
-    rows += muon_rows(device, 64, args.rounds) + rank_rows(device, args.rounds) + epoch_rows(device, 3)
-    rows += start_rows(device, 3)
+        rows += step_rows(device, width, batch, args.rounds, top, list(FLAGS))
+    if device.type == "cpu" and not args.width:
+        rows += step_rows(device, 64, args.batch_sizes[0], (args.rounds + 1) // 2, top, MAIN)
+    rows += memory
+    for precision in top:
+        rows += convolution_rows(device, width, args.batch_sizes[0], args.rounds, precision)
+    if "bf16" in top:
+        rows += muon_rows(device, 64, args.rounds)
+    rows += rank_rows(device, args.rounds) + epoch_rows(device, 3) + start_rows(device, 3)
     print(table(rows))
     if args.out:
         content = {"device": name, "rounds": args.rounds, "ceiling_flop_per_second": top, **runs.provenance(), "rows": rows}

@@ -24,6 +24,14 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(autouse=True)
+def only_the_device_asked_for(request, monkeypatch):
+    """A test that does not take `device` runs on the CPU, and its processes too, also where there is a GPU."""
+    if "device" not in request.fixturenames:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 # ---- the grader: tests/grader.py checks each rule that --rule names in a process of its own ---------------
 
 def pytest_addoption(parser):

@@ -3,7 +3,11 @@ import json
 import re
 
 import benchmark
+import pytest
+import torch
 from conftest import ROOT
+
+import options
 
 
 def test_the_readme_shows_what_was_measured():
@@ -18,3 +22,17 @@ def test_a_ratio_is_of_the_row_it_names():
             {"group": "b", "row": "x", "seconds": 6.0, "spread": 0.1, "against": None}]
     assert [benchmark.ratio(row, rows) for row in rows] == [None, 1.5, None]
     assert "| y | 3.00 s ± 100 ms | 1.50 × x |" in benchmark.table(rows)
+
+
+@pytest.mark.parametrize("device, bf16, first, last", [
+    ("cpu", False, "BP + norm", "FA + Muon + norm"), ("cpu", True, "BP + norm", "FA + Muon + norm, bf16"),
+    ("cuda", True, "BP + norm, bf16", "FA + Muon + norm, bf16, captured"),
+    ("cuda", False, "BP + norm", "FA + Muon + norm, captured")])
+def test_the_rows_of_a_step_are_compared_with_rows_that_are_there(device, bf16, first, last, monkeypatch):
+    monkeypatch.setattr(options, "computes_bf16", lambda _: bf16)
+    rows = benchmark.variants(torch.device(device), list(benchmark.FLAGS))
+    assert list(rows)[0] == first and list(rows)[-1] == last
+    for name, (flags, against, precision) in rows.items():
+        assert ("--amp" in flags.split()) == (precision == "bf16") == ("bf16" in name)
+        assert against is None if name in ("BP", first, "BP, bf16") else against in rows
+    assert bf16 or not any("bf16" in name for name in rows)

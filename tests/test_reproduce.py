@@ -8,6 +8,7 @@ import time
 import pytest
 from conftest import ROOT
 
+import options
 import report
 import reproduce
 import train
@@ -143,6 +144,15 @@ def test_results_of_ones_own(tiny, monkeypatch, capsys):
     assert reproduce.main(["tiny", "--out", "file/mine"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("reproduce.py: ") and err.count("\n") == 1
+
+
+def test_precision_tells_runs_apart_where_it_was_asked_for(monkeypatch):
+    keys = {}
+    for here in (False, True):                                  # on a machine that has bf16 or not
+        monkeypatch.setattr(options, "computes_bf16", lambda device: here)              # noqa: B023
+        keys[here] = [reproduce.jobs(reproduce.Experiment("", f"--dataset cifar10 {asked}", {"FA": ""}), 1, [])[0].key
+                      for asked in ("", "--amp", "--no-amp")]
+    assert keys[False] == keys[True] and len(set(keys[True])) == 3
 
 
 def test_a_result_from_another_machine_counts(tiny, monkeypatch):

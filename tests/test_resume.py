@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -140,8 +141,10 @@ args = {args!r}
 def epochs():
     return len(open("parts/log.jsonl").read().splitlines()) if os.path.exists("parts/log.jsonl") else 0
 
-def run(argv, more=None, pause=0):
-    # The exit status; killed, if it lives so long, `pause` seconds after it has finished so many `more` epochs.
+def run(argv, more=None, pause=0, every=0):
+    # The exit status; killed, if it lives so long, `pause` seconds after it has finished so many `more` epochs. A checkpoint
+    # is written `every` so many seconds.
+    train.CHECKPOINT_SECONDS = every
     child, before = os.fork(), epochs()
     if child == 0:
         sys.stdout = open(os.devnull, "w")
@@ -162,7 +165,8 @@ rng, killed, deaths = random.Random({seed}), 0, []
 while killed < 20:
     begun = os.path.exists("parts/config.json")
     more = rng.randrange(4)                                     # none: at the start, before or after it has read what there is
-    status = run(["--resume", "parts"] if begun else [*args, "--out", "parts"], more, rng.uniform(0, took / (8 if more else 2)))
+    status = run(["--resume", "parts"] if begun else [*args, "--out", "parts"], more,
+                 rng.uniform(0, took / (8 if more else 2)), every=rng.choice([0, took / 10]))
     deaths.append(epochs())
     killed += os.WIFSIGNALED(status)
     if not os.WIFSIGNALED(status):
@@ -191,14 +195,47 @@ def test_twenty_kills_at_random_moments(tmp_path):
         assert_same(tmp_path / "whole", tmp_path / "done")
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_epochs_after_the_last_checkpoint_are_done_again(monkeypatch):
+    args = [*SMALL, "--epochs", "4", "--device", "cpu", "--muon", "--norm", "--rank"]
+    assert train.main([*args, "--out", "whole"]) == 0
+    real, tested = train.Trainer.test, []
+
+    def test(self):
+        tested.append(0)
+        if len(tested) == 2:
+            monkeypatch.setattr(train, "CHECKPOINT_SECONDS", float("inf"))
+        if len(tested) == 4:
+            raise Killed
+        return real(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Trainer, "test", test)
+        train.main([*args, "--out", "parts"])
+    logs, state = files(Path("parts"))
+    assert [line["epoch"] for line in logs[0]] == [1, 2, 3] and state["step"] == 4      # 4 steps an epoch
+    assert train.main(["--resume", "parts"]) == 0
+    assert_same(Path("whole"), Path("parts"))
+
+
+def test_a_checkpoint_every_30_seconds_and_at_the_end(monkeypatch):
+    tested, kept = [], []
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 30)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: 12.0 * len(tested)))  # 12 s an epoch
+    monkeypatch.setattr(train.Trainer, "test", lambda self: tested.append(0) or 0.5)
+    monkeypatch.setattr(train.Log, "checkpoint", lambda self, trainer: kept.append(len(self.lines)))
+    assert train.main([*SMALL, "--epochs", "8", "--device", "cpu", "--out", "run"]) == 0
+    assert kept == [3, 6, 8]
+
+
 @pytest.mark.parametrize("moment", ["save", "fsync", "link", "replace"])
 def test_a_kill_while_a_checkpoint_is_written(moment, monkeypatch):
     """The power goes at one of the calls that write it: something whole is there, and the run goes on from it."""
     args = [*SMALL, "--epochs", "3", "--device", "cpu", "--norm"]
     assert train.main([*args, "--out", "whole"]) == 0
-
-    class Power(BaseException):
-        pass
 
     where = {"save": (torch, "save"), "fsync": (os, "fsync"), "link": (os, "link"), "replace": (os, "replace")}[moment]
     real, count = getattr(*where), []
@@ -207,10 +244,10 @@ def test_a_kill_while_a_checkpoint_is_written(moment, monkeypatch):
         if any(line.endswith("checkpoint.pt") for line in map(str, args)) or moment in ("save", "fsync"):
             count.append(0)
         if len(count) == {"save": 2, "fsync": 9, "link": 1, "replace": 2}[moment]:
-            raise Power
+            raise Killed
         return real(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(Power):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(*where, dying)
         patch.setattr(Path, "unlink", lambda *_, **__: None)    # nobody cleans up after a power cut
         train.main([*args, "--out", "parts"])

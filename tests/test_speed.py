@@ -85,6 +85,26 @@ def test_a_replayed_step_is_the_step(case, monkeypatch):
         assert torch.equal(replayed[0][name], value), name
 
 
+def test_a_checkpoint_written_without_a_graph_goes_on_in_one():
+    small = "--device cpu --width 4 --batch-size 16 --epochs 3 --subset 160 --muon --norm".split()
+    trainers = []
+    for how in ("before", "run", "replayed"):
+        args = train.parse(small)
+        args.graph = how != "before"
+        trainers.append(train.Trainer(args, data.gratings(160, 30)))
+    before, ran, replayed = trainers
+    before.epoch("")
+    ran.repeat, replayed.repeat = ran.descend, speed.Graphed(replayed.descend, replayed.generator,
+                                                             record=standing_in(replayed))
+    losses = []
+    for trainer in (ran, replayed):
+        trainer.load(copy.deepcopy(before.state()))
+        losses.append([trainer.epoch("")["train_loss"] for _ in range(2)])
+    assert losses[0] == losses[1] and replayed.repeat.replay is not None
+    for name, value in ran.model.state_dict().items():
+        assert torch.equal(replayed.model.state_dict()[name], value), name
+
+
 def test_with_tensors_for_learning_rates_the_numbers_are_those_without(monkeypatch):
     """Fused SGD rounds otherwise; after one epoch the weights agree to float32 rounding."""
     weights = []

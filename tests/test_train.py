@@ -24,6 +24,7 @@ def small_gratings(monkeypatch, tmp_path):
     """In this process, few gratings, and a working directory that is thrown away."""
     few = REAL_GRATINGS(256, 64)
     monkeypatch.setattr(data, "gratings", lambda: few)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)         # after every epoch
     monkeypatch.chdir(tmp_path)
 
 
@@ -65,8 +66,10 @@ def test_the_headline_command_on_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""                                    # no bar without a terminal, no warning
     head, sgd_and_muon, epochs, last = (done.stdout.splitlines()[i:j] for i, j in ((0, 1), (1, 3), (3, 5), (5, None)))
+    precision = ("bf16 autocast (this CPU has it)" if options.computes_bf16(torch.device("cpu")) else
+                 "float32 (this CPU has no bf16)")
     assert head == ["fa + muon + batch norm · resnet18, 47,592 parameters · cifar100, 96 + 32 images · "
-                    "cpu (no GPU was found), float32 (default on a CPU)"]
+                    f"cpu (no GPU was found), {precision}"]
     assert sgd_and_muon == ["Muon, learning rate 0.05: 19 hidden matrices, 43,584 weights",
                             "Nesterov SGD, learning rate 0.05: 43 tensors, 4,008 weights"]
     assert re.match(r"epoch   1/2  loss +\d+\.\d{4}  train +\d+\.\d%  test +\d+\.\d%  +\d+\.\d s  \d+m \d\ds left", epochs[0])
