@@ -49,7 +49,7 @@ parallel.stop()
 parallel.leave(0)
 """
 CASES = ["--rule fa --norm", "--rule fa --muon --norm whiten", "--rule kp --muon", "--rule dfa --norm layer",
-         "--rule frozen --norm --model mlp", "--rule bp --norm --model resnet18", "--rule sign --rank"]
+         "--rule frozen --norm --model mlp", "--rule bp --norm --model resnet18 --width 8", "--rule sign --rank"]
 
 
 def launch(tmp_path, *command, processes):

@@ -24,7 +24,7 @@ import train
 
 VARIANTS = {"fa": "--norm", "muon": "--muon --norm", "ranks": "--muon --norm --rank 2", "kp": "--rule kp --muon --norm",
             "dfa": "--rule dfa --norm", "whiten": "--norm whiten", "frozen": "--rule frozen --norm --rank", "no norm": "",
-            "resnet": "--muon --norm --model resnet18", "held out": "--validate 60 --norm",
+            "resnet": "--muon --norm --model resnet18 --width 8", "held out": "--validate 60 --norm",
             "a rule that draws": "--rule unreliable.py:Unreliable --norm"}
 UNRELIABLE = """
 import torch, fa

@@ -75,7 +75,7 @@ def trained(case, replayed, monkeypatch, change=None):
     return copy.deepcopy(trainer.model.state_dict()), losses
 
 
-@pytest.mark.parametrize("case", ["--rule fa --norm", "--rule fa --muon", "--rule fa --muon --norm --model resnet18",
+@pytest.mark.parametrize("case", ["--rule fa --norm", "--rule fa --muon", "--rule fa --muon --norm --model resnet18 --width 8",
                                   "--rule kp --muon --norm layer", "--rule dfa --norm whiten", "--rule sign --norm rms",
                                   "--rule frozen --norm", "--rule bp --muon --norm", "--rule fa --norm --rank"])
 def test_a_replayed_step_is_the_step(case, monkeypatch):
