@@ -147,6 +147,10 @@ def add_machine(p: argparse.ArgumentParser) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = parser()
     args = p.parse_args(argv)
+    try:
+        parallel.asked()
+    except ValueError as e:
+        p.error(str(e))
     if args.resume:
         args = resumed(p, argv, args.resume)
     for flag in ("muon_lr", "muon_weight_decay"):

@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -290,8 +291,12 @@ def read(run: Path) -> tuple[str, list[dict]]:
     return " + ".join([args["rule"].rpartition(":")[2], *["muon"] * args["muon"], args["norm"] or "no norm"]), records
 
 
-def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] = COLOURS) -> None:
-    """Six panels, the same colour for a run in all: rank by depth and over epochs, spectrum, trajectory, alignment."""
+def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] = COLOURS, kind: str | None = None) -> None:
+    """Six panels, the same colour for a run in all: rank by depth and over epochs, spectrum, trajectory, alignment.
+
+    kind   of picture, such as "png", where the path's ending does not say it
+    """
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -339,7 +344,7 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] 
     spectrum.set_ylim(1e-4, 1.5)                                # what is smaller does not count
     figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs) + 1, frameon=False,
                   fontsize=10)
-    figure.savefig(path, dpi=110, format=path.suffix[1:] if path.suffix in (".pdf", ".svg") else "png")
+    figure.savefig(path, dpi=110, format=kind)
     plt.close(figure)
 
 
@@ -368,6 +373,7 @@ def demonstrate(out: Path | None = None) -> None:
 
 def _draw_examples(out: Path, examples: dict[str, Tensor]) -> None:
     """Each spectrum, and how many of its directions count."""
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -382,7 +388,7 @@ def _draw_examples(out: Path, examples: dict[str, Tensor]) -> None:
     right.set_yticks([-i for i in range(len(examples))], examples, fontsize=11)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=130, format="png")
+    figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
@@ -402,8 +408,8 @@ def main(argv: list[str] | None = None) -> int:
         labels = [label for label, _ in read_runs]
         draw(args.out, [(f"{label} ({run.name})" if labels.count(label) > 1 else label, records)
                         for run, (label, records) in zip(args.runs, read_runs)])
-    except (ValueError, OSError) as e:
-        print(f"rank.py: {e}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as e:
+        print(f"rank.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     print(args.out)
     return 0

@@ -358,8 +358,9 @@ def main(argv: list[str] | None = None) -> int:
         picture = folder / ("-".join([args.name, *args.changes]).replace("/", "_") + ".png")
         lines = [shown(job, done) for job in listed]
         view = report.VIEWS[experiment.view]
-        view.draw(picture, experiment, lines)
-        print("\n" + view.table(experiment, lines) + f"\n\n{picture}")
+        print("\n" + view.table(experiment, lines) + "\n", flush=True)
+        if runs.picture(picture, lambda: view.draw(picture, experiment, lines)):
+            print(picture)
         if README.exists() and not args.changes and not args.out:
             text = written(README.read_text(encoding="utf-8"))
             if text != README.read_text(encoding="utf-8"):

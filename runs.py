@@ -265,8 +265,19 @@ def _commit() -> str | None:
     return commit + ("+changes" if changed else "")
 
 
+def picture(path: Path, draw: Callable[[], object]) -> bool:
+    """Call draw(); where it fails, say so in one line and return False. A picture must never cost the numbers it shows."""
+    try:
+        draw()
+    except Exception as e:  # noqa: BLE001  (a broken matplotlib, odd settings, a full disk: whatever it is, it is said)
+        print(f"cannot draw {path}: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+        return False
+    return True
+
+
 def draw(path: Path, log: list[dict], title: str) -> None:
     """curves.png: loss on the left, training and test accuracy on the right."""
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")                                       # no display needed
     from matplotlib import pyplot as plt

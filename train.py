@@ -402,7 +402,8 @@ def end(log: Log, began: float) -> int:
     """The last words and the picture. Returns the exit status."""
     last, took = log.lines[-1], span(time.perf_counter() - began)
     if log.folder:
-        runs.draw(log.folder / "curves.png", log.lines, log.title)
+        picture = log.folder / "curves.png"
+        runs.picture(picture, lambda: runs.draw(picture, log.lines, log.title))
     if last["diverged"]:
         log.say(f"diverged: at step {last['step']} (epoch {last['epoch']}) {last['not_finite']} is not finite; a lower --lr, "
                 f"--norm or --muon may help · {log.folder}")
