@@ -122,12 +122,12 @@ def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset
 
 def sort(dataset: Dataset) -> Dataset:
     """The same images in an order that depends on nothing but themselves: by a digest of each one's bytes, ties by label."""
-    def order(images: Tensor, labels: Tensor) -> list[int]:
-        keys = [(hashlib.sha256(image).digest(), label) for image, label in zip(images.numpy(), labels.tolist())]
-        return sorted(range(len(keys)), key=keys.__getitem__)
-
-    train, test = order(*dataset[:2]), order(*dataset[2:4])
-    return Dataset(*(part[train] for part in dataset[:2]), *(part[test] for part in dataset[2:4]), dataset.classes)
+    parts: list[Tensor] = []
+    for images, labels in (dataset[:2], dataset[2:4]):
+        keys = [(hashlib.sha256(image).digest(), label) for image, label in zip(images.contiguous().numpy(), labels.tolist())]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        parts += [images[order], labels[order]]
+    return Dataset(parts[0], parts[1], parts[2], parts[3], dataset.classes)
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:

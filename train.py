@@ -348,6 +348,9 @@ class Log:
             trainer.load(state, same_device=state["device"] == self.args.device.type)
         except (RuntimeError, ValueError, KeyError) as e:
             raise runs.RunError(f"the checkpoint does not fit the network: {' '.join(str(e).split())[:300]}") from e
+        if trainer.step > trainer.total_steps:
+            raise runs.RunError(f"the run has made {trainer.step} steps already, and --epochs {self.args.epochs} are "
+                                f"{trainer.total_steps}; give more epochs")
         self.lines, self.ranks, self.spent, self.feedback = state["log"], state["ranks"], state["spent"], state["feedback"]
         if not trainer.handle.rule.learns and trainer.handle.digest() != self.feedback:
             raise runs.RunError("the checkpoint's feedback weights are not those that the run began with")
