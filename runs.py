@@ -81,12 +81,15 @@ def _tidy(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Be the only process that writes to this folder; one that dies holds nothing. Raises RunError if another does."""
+def claim(folder: Path) -> Iterator[list[int]]:
+    """Be the only process that writes to this folder; one that dies holds nothing. Raises RunError if another does.
+
+    Gives the handles that hold the claim: with them as its `pass_fds` a child shares it, and keeps it after our death.
+    """
     try:
         import fcntl
     except ImportError:                                         # Windows has no such lock
-        yield
+        yield []
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -97,7 +100,7 @@ def claim(folder: Path) -> Iterator[None]:
         except OSError:                                         # a file system without locks
             pass
         _tidy(folder)
-        yield
+        yield [handle]
     finally:
         os.close(handle)
 

@@ -65,6 +65,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset):
         self.args = args
         self.data_digest = data.digest(dataset)
+        self.data_count = len(dataset.train_images) + (args.validate or 0)      # all that are there, trained on or not
         device = args.device
         self.train_images, self.train_labels = (t[:args.subset].to(device) for t in dataset[:2])
         share = slice(parallel.rank(), None, parallel.size())                   # of several processes each tests a part
@@ -436,7 +437,8 @@ def begin(args: argparse.Namespace, trainer: Trainer, held: contextlib.ExitStack
         held.enter_context(runs.claim(log.folder))
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     here = {"device": device, "processes": parallel.size(), **runs.provenance()}
-    config = {"version": VERSION, **here}
+    saw = {"digest": trainer.data_digest, "train_images": trainer.data_count}
+    config = {"version": VERSION, "data": saw, **here}
     if args.resume:                                                             # what it began with, and each going on
         config = runs.read_config(args.resume)
         config["resumed"] = [*config.get("resumed", []), {"step": trainer.step, **here}]
