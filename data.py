@@ -1,7 +1,9 @@
 """The images: CIFAR-10 and CIFAR-100, a folder of yours, or gratings that need no download; as tensors, kept on the device.
 
-`load(name, root)` gives uint8 images and int64 labels. CIFAR is downloaded once, of several processes by one, by torchvision,
-which knows its checksums, and kept as `root/<name>.pt`; later uses read that file, check it, and need no network. The file is
+`load(name, root)` gives uint8 images and int64 labels. torchvision, which knows the checksums, downloads CIFAR once; processes
+started together wait for the first. It is kept as `root/<name>.pt`; later uses read that file, check it, and need no network.
+An official archive that lies in `root`, or the folder that torchvision unpacks it to, is used before anything is downloaded.
+The file is
 
     torch.save({"train_images": uint8 (N, 3, 32, 32), "train_labels": int64 (N,),
                 "test_images":  uint8 (M, 3, 32, 32), "test_labels":  int64 (M,), "classes": [str, ...]})
@@ -21,7 +23,6 @@ and next to no test image among the training images. `digest` gives a data set a
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import http.client
 import json
@@ -34,11 +35,11 @@ import ssl
 import struct
 import sys
 import tarfile
-import time
 import urllib.error
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,12 +67,11 @@ class Dataset(NamedTuple):
 class Known(NamedTuple):
     classes: list[str]      # in the order of their labels
     most: dict[str, int]    # images of a class, in the official training and test set
-    mean: tuple[float, float, float]    # red, green and blue over the official training images, from 0 to 255
 
 
 CIFAR = {
     "cifar10": Known("airplane automobile bird cat deer dog frog horse ship truck".split(),
-                     {"train": 5000, "test": 1000}, (125.3, 123.0, 113.9)),
+                     {"train": 5000, "test": 1000}),
     "cifar100": Known("""
             apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
             castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
@@ -80,10 +80,9 @@ CIFAR = {
             pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
             skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
             tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-        """.split(), {"train": 500, "test": 100}, (129.3, 124.1, 112.4)),
+        """.split(), {"train": 500, "test": 100}),
 }
 NAMES = ("gratings", *CIFAR)
-PAUSES = 1, 3               # seconds before the second and the third try of a download
 
 # Test images that may also be training images, bit for bit. CIFAR-100 itself has 10 in 10,000; the 25,000 training images of
 # CIFAR-10 that were looked through share none. Up to a hundredth, they move a test accuracy by at most one point.
@@ -93,9 +92,11 @@ SHARED = 0.01
 def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset:
     """The data set `name`: one of NAMES, or a folder of images, which are then resized to `size`.
 
-    CIFAR is read from root/<name>.pt, which the first use downloads; a second process that needs it meanwhile waits, and says
-    so on stderr. Raises DataError for an unknown name, a download that fails, a cache that cannot be written, is damaged or
-    holds something else, a folder that is no data set, or images or labels that cannot be right.
+    CIFAR is read from root/<name>.pt, which the first use makes; a second process that needs it meanwhile waits, and says so
+    on stderr. So it does of a file that holds only a part of the images. Whatever copy they came from, the images are in
+    the order of `sort`: the first N of the whole set are the same N everywhere. Raises DataError for an unknown name, a
+    download that fails, a cache that cannot be written, is damaged or holds something else, a folder that is no data set, or
+    images or labels that cannot be right.
     """
     if name == "gratings":
         return gratings()
@@ -109,10 +110,24 @@ def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset
         if not cache.exists():                                  # once there it is whole, and reading it needs no lock
             with _alone(cache) as scratch:
                 if not cache.exists():                          # or the process that had the lock before has made it
-                    _write(cache, scratch, _download(name, cache, scratch)._asdict())
-        return _read(name, cache)
+                    _write(cache, scratch, _official(name, cache, scratch)._asdict())
+        dataset = _read(name, cache)
     except OSError as e:
         raise DataError(f"cannot use {cache}: {e.strerror or e}; choose another folder for the data") from e
+    whole = CIFAR[name].most["train"] * len(dataset.classes)
+    if len(dataset.train_images) < whole:
+        print(f"{cache} holds {len(dataset.train_images):,} of the {whole:,} training images of {name}", file=sys.stderr)
+    return sort(dataset)
+
+
+def sort(dataset: Dataset) -> Dataset:
+    """The same images in an order that depends on nothing but themselves: by a digest of each one's bytes, ties by label."""
+    parts: list[Tensor] = []
+    for images, labels in (dataset[:2], dataset[2:4]):
+        keys = [(hashlib.sha256(image).digest(), label) for image, label in zip(images.contiguous().numpy(), labels.tolist())]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        parts += [images[order], labels[order]]
+    return Dataset(parts[0], parts[1], parts[2], parts[3], dataset.classes)
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
@@ -145,53 +160,36 @@ def digest(dataset: Dataset) -> str:
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
-def _download(name: str, cache: Path, scratch: Path) -> Dataset:
-    """Fetch CIFAR into `scratch` and unpack it there.
+def _official(name: str, cache: Path, scratch: Path) -> Dataset:
+    """CIFAR from what lies beside the cache, or downloaded into `scratch`.
 
-    Nothing is trusted before its MD5 is right: the archive before it is opened, each of its files before it is unpickled.
+    torchvision compares MD5s: of an archive before it is opened, of each file in it before that is unpickled.
     """
     import torchvision                                          # takes seconds to import and is needed only here
+    from torchvision.datasets.utils import check_integrity, download_url
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    timeout = socket.getdefaulttimeout()
+    root, timeout = cache.parent, socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)                                # a server that stalls must not hang the run
     try:
-        _fetch(kind, scratch)
-        with tarfile.open(scratch / kind.filename) as archive:
-            archive.extractall(scratch, filter="data")          # whatever its members are called, nothing lands elsewhere
-        train, test = kind(scratch, train=True), kind(scratch, train=False)
+        try:
+            parts = kind(root, train=True), kind(root, train=False)
+        except RuntimeError:                                    # torchvision's: it is not there, or not what it should be
+            place = root if check_integrity(root / kind.filename, kind.tgz_md5) else scratch
+            download_url(kind.url, place, kind.filename, kind.tgz_md5)          # nothing, if the right archive is there
+            with tarfile.open(place / kind.filename) as archive:
+                archive.extractall(scratch, filter="data")      # torchvision's own would let a member land elsewhere
+            parts = kind(scratch, train=True), kind(scratch, train=False)
     except (*NETWORK, RuntimeError, tarfile.TarError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise DataError(f"cannot download {name} from {kind.url}: {reason}; run the same command again later, or put "
-                        f"{cache.name} into {cache.parent}") from e
+                        f"{kind.filename} or {cache.name} into {root}") from e
     finally:
         socket.setdefaulttimeout(timeout)
-    dataset = Dataset(*_tensors(train), *_tensors(test), list(train.classes))
+    dataset = Dataset(*_tensors(parts[0]), *_tensors(parts[1]), list(parts[0].classes))
     wrong = _fault(dataset._asdict(), 32, CIFAR[name])
     if wrong:
         raise DataError(f"what {kind.url} sends is not {name}: {wrong}")
     return dataset
-
-
-def _fetch(kind, folder: Path) -> None:
-    """The verified archive, unless a process that was killed has left it here already.
-
-    A network error is tried again after each of PAUSES. A wrong checksum is, once: a connection that breaks off looks like
-    one, and a file that is wrong on the server stays wrong.
-    """
-    from torchvision.datasets.utils import download_url
-    mismatches = 0
-    for pause in (*PAUSES, None):
-        try:
-            download_url(kind.url, folder, kind.filename, kind.tgz_md5)
-            break
-        except NETWORK as e:
-            if pause is None or isinstance(e, urllib.error.HTTPError) and e.code < 500:     # "not found" will not pass
-                raise
-        except RuntimeError:                                    # torchvision's for a wrong checksum
-            mismatches += 1
-            if pause is None or mismatches == 2:
-                raise
-        time.sleep(pause)
 
 
 def _tensors(part) -> tuple[Tensor, Tensor]:
@@ -202,50 +200,22 @@ def _tensors(part) -> tuple[Tensor, Tensor]:
 def _alone(cache: Path) -> Iterator[Path]:
     """A scratch folder to make `cache` in, for one process at a time.
 
-    The system takes the lock from a process that dies, and the next one gets the folder with what is left in it. When it is
-    done or has failed, nothing but the cache stays. Raises OSError where nothing can be locked or written.
+    The system takes the lock from a process that dies, and the next one gets the folder with what is left in it. Afterwards
+    only the cache stays, and the lock's empty file. Raises OSError where nothing can be locked or written.
     """
-    lock, scratch = (cache.with_name(f".{cache.name}.{end}") for end in ("lock", "making"))
-    made = [folder for folder in cache.parents if not folder.exists()]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    held, scratch = filelock.FileLock(cache.with_name(f".{cache.name}.lock")), cache.with_name(f".{cache.name}.making")
     try:
-        held = _locked(lock, cache)
-        try:
-            scratch.mkdir(exist_ok=True)
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-            with contextlib.suppress(OSError):                  # a lock file too many does no harm
-                lock.unlink()                                   # while it is held; who waits for it sees that it is deleted
-            held.release()
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for another process that is making {cache}", file=sys.stderr, flush=True)
+        held.acquire()
+    try:
+        scratch.mkdir(exist_ok=True)
+        yield scratch
     finally:
-        with contextlib.suppress(OSError):                      # not empty: it holds the cache
-            for folder in made:
-                folder.rmdir()
-
-
-def _locked(lock: Path, cache: Path) -> filelock.BaseFileLock:
-    held, new, patience = filelock.FileLock(lock), not lock.exists(), 0
-    for attempt in range(10):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held.acquire(timeout=patience)
-            break
-        except filelock.Timeout as e:
-            if not lock.exists():                               # released a moment ago, or a folder where no file can be made
-                if attempt == 9:
-                    raise FileNotFoundError(errno.ENOENT, "no lock file can be made beside it") from e
-                time.sleep(0.05)
-                continue
-            print(f"waiting for another process that is making {cache}", file=sys.stderr, flush=True)
-            patience = -1                                       # for as long as it takes
-        except FileNotFoundError:                               # who had the lock has failed and removed the folder
-            if attempt == 9:
-                raise
-        except OSError:
-            if new:
-                lock.unlink(missing_ok=True)
-            raise
-    return held
+        shutil.rmtree(scratch, ignore_errors=True)
+        held.release()
 
 
 def _write(cache: Path, scratch: Path, content: dict) -> None:
@@ -309,26 +279,12 @@ def _fault(content: object, size: int, known: Known | None = None, files: list[s
         most = labels.bincount().max()
         if known and most > known.most[part]:                   # CIFAR-10's images in CIFAR-100's place are ten times as many
             return f"it has {most} {part} images of one class, of {known.most[part]} that there are"
-    return (known and _odd_colours(content["train_images"], known.mean)
-            or _leak(content["train_images"], content["test_images"], files))
+    return _leak(content["train_images"], content["test_images"], files)
 
 
 def _plain(tensor: object, dtype: torch.dtype) -> bool:
     return (isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.layout == torch.strided
             and tensor.device.type == "cpu")
-
-
-def _odd_colours(images: Tensor, mean: tuple[float, float, float]) -> str | None:
-    """CIFAR-10 is by four grey levels less red than CIFAR-100, and in swapped channels the difference is larger.
-
-    An image's mean has a standard deviation of about 40, so that of 20,000 images has one of 0.3: two levels are seven times
-    that, and no random part of the right set is refused.
-    """
-    if len(images) >= 20_000:
-        found = Normalise(images).mean.flatten()
-        if (found - torch.tensor(mean)).abs().max() > 2:
-            return f"its mean colour is {[round(c, 1) for c in found.tolist()]} of 255, not {list(mean)}"
-    return None
 
 
 def _leak(train: Tensor, test: Tensor, files: list[str] | None) -> str | None:
@@ -348,12 +304,12 @@ def image_folder(folder: Path, size: int = 32) -> Dataset:
     """The images of folder/train and folder/test (or val), their shorter side resized to `size`, the middle cut out.
 
     Classes are in alphabetical order; the images of each part in the order of the last number in their names, then of class,
-    so that the first N are of all classes. Decoded once, of several processes by one, and kept beside the folder, in
-    <folder>.<size>.pt, which is made anew when a file of the folder has changed. Raises DataError naming what is wrong with
-    the folder.
+    so that the first N are of all classes. What is hidden (.ipynb_checkpoints) is left out; files of other types are counted
+    on stderr. The images are decoded once, while other processes wait, and kept beside the folder, in <folder>.<size>.pt,
+    which is made anew when a file of the folder has changed. Raises DataError naming what is wrong with the folder.
     """
     classes, files = _listing(folder)
-    stamp = hashlib.sha256()
+    stamp = hashlib.sha256(b"2")                                # raised when the same files are decoded otherwise
     for path, label in (file for part in files for file in part):
         stat = path.stat()
         stamp.update(f"{path.relative_to(folder)} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -394,53 +350,84 @@ def image_folder(folder: Path, size: int = 32) -> Dataset:
 def _listing(folder: Path) -> tuple[list[str], list[list[tuple[Path, int]]]]:
     """(classes, [training files, test files]), each file with its label."""
     from torchvision.datasets import folder as layout           # takes seconds to import and is needed only here
+    skipped, broken = Counter[str](), list[str]()
+
+    def visible(path: str | os.PathLike) -> bool:
+        relative = Path(path).relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not hidden and not os.path.exists(path):
+            broken.append(str(relative))
+        return not hidden
+
+    def usable(path: str) -> bool:
+        image = path.lower().endswith(layout.IMG_EXTENSIONS)
+        if visible(path) and not image:
+            skipped[Path(path).suffix.lower() or "without extension"] += 1
+        return visible(path) and image
+
+    def labelled(part: Path) -> list[str]:
+        return sorted(entry.name for entry in os.scandir(part) if visible(entry) and entry.is_dir())
+
     if not folder.is_dir():
         raise DataError(f"unknown data set {str(folder)!r}: choose from {', '.join(NAMES)}, or a folder of images with train/ "
                         "and test/ (or val/) in it, and there a folder for each class")
     annotations = folder / "val" / "val_annotations.txt"        # Tiny ImageNet: its test/ has no labels
-    test = folder / ("test" if (folder / "test").is_dir() and not annotations.exists() else "val")
-    for part in (folder / "train", test):
+    train, test = folder / "train", folder / ("test" if (folder / "test").is_dir() and not annotations.exists() else "val")
+    for part in (train, test):
         if not part.is_dir():
             raise DataError(f"{folder} has no folder {part.name}/: a data set needs train/ and test/ (or val/), and there a "
                             "folder for each class")
-    try:
-        classes, index = layout.find_classes(folder / "train")
-        train = layout.make_dataset(folder / "train", index, extensions=layout.IMG_EXTENSIONS)
-    except FileNotFoundError as e:                              # no class, or a class without images; both are named
-        raise DataError(f"{folder / 'train'} is no training set: {' '.join(str(e).split())}") from e
+    classes = labelled(train)
     if len(classes) < 2:
-        raise DataError(f"{folder / 'train'} has one class only, {classes[0]}: there is nothing to tell apart")
+        raise DataError(f"{train} has {f'one class only, {classes[0]}' if classes else 'no folder of a class'}: there is "
+                        "nothing to tell apart")
+    index = {name: label for label, name in enumerate(classes)}
+    files = [layout.make_dataset(train, index, is_valid_file=usable, allow_empty=True)]
     if annotations.exists():
         rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-        unknown = sorted({name for _, name in rows} - set(classes))
-        test_files = [(str(test / "images" / file), index.get(name)) for file, name in rows]
+        named = sorted({name for _, name in rows})
+        files += [[(path, index.get(name, -1)) for file, name in rows if usable(path := str(test / "images" / file))]]
     else:
-        unknown = sorted({entry.name for entry in os.scandir(test) if entry.is_dir()} - set(classes))
-        test_files = layout.make_dataset(test, index, extensions=layout.IMG_EXTENSIONS, allow_empty=True)
-    if unknown:
-        raise DataError(f"{test} has classes that {folder / 'train'} lacks: {_some(unknown)}")
-    if not test_files:
-        raise DataError(f"{test} holds no images ({', '.join(layout.IMG_EXTENSIONS)}) in folders named like those of train/")
+        named = labelled(test)
+        files += [layout.make_dataset(test, index, is_valid_file=usable, allow_empty=True)]
+    types = ", ".join(layout.IMG_EXTENSIONS)
+    if broken:
+        raise DataError(f"{folder} holds links to files that are not there: {_some(sorted(set(broken)))}; mend or delete them")
+    if skipped:
+        counts = ", ".join(f"{skipped[end]} {end}" for end in sorted(skipped, key=lambda end: (-skipped[end], end)))
+        print(f"{folder}: files that are left out: {counts}; images are {types}", file=sys.stderr)
+    if unknown := [name for name in named if name not in index]:
+        raise DataError(f"{test} has classes that {train} lacks: {_some(unknown)}")
+    if empty := [name for name in classes if index[name] not in {label for _, label in files[0]}]:
+        raise DataError(f"{train} is no training set: it holds no images ({types}) of {_some(empty)}")
+    if not files[1]:
+        raise DataError(f"{test} holds no images ({types}) in folders named like those of train/")
 
     def place(file: tuple[Path, int]) -> tuple:
         numbers = re.findall(r"\d+", file[0].stem)
         return int(numbers[-1]) if numbers else -1, file[1], str(file[0])
 
-    return classes, [sorted(((Path(path), label) for path, label in files), key=place) for files in (train, test_files)]
+    return classes, [sorted(((Path(path), label) for path, label in part), key=place) for part in files]
 
 
 def _decode(folder: Path, files: list[tuple[Path, int]], size: int) -> tuple[Tensor, Tensor]:
+    import numpy
     from PIL import Image
     from torchvision.transforms import functional as vision
-    images, unreadable = torch.empty(len(files), 3, size, size, dtype=torch.uint8), {}
+    images, unreadable = torch.empty(len(files), 3, size, size, dtype=torch.uint8), []
 
     def decode(i: int) -> None:
         try:
             with Image.open(files[i][0]) as image:
+                if image.mode in ("I", "F"):                    # of any range, so that no scale is right
+                    unreadable.append(f"{files[i][0].relative_to(folder)} (its mode is {image.mode})")
+                    return
+                if image.mode.startswith("I;16"):               # which convert() would cut off at 255
+                    image = Image.fromarray((numpy.asarray(image) // 256).astype("uint8"))
                 image = vision.center_crop(vision.resize(image.convert("RGB"), size), size)
             images[i] = vision.pil_to_tensor(image)
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-            unreadable[str(files[i][0].relative_to(folder))] = e
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+            unreadable.append(str(files[i][0].relative_to(folder)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(tqdm(pool.map(decode, range(len(files))), "decoding", len(files), leave=False, disable=None, unit="image"))

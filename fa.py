@@ -42,6 +42,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -658,6 +659,7 @@ def demonstrate(out: Path | None = None) -> None:
 
 
 def _draw(out: Path, history: list[tuple]) -> None:
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -677,7 +679,7 @@ def _draw(out: Path, history: list[tuple]) -> None:
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(out, dpi=130, format="png")
+    figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
@@ -687,8 +689,9 @@ def main() -> None:
     out = parser.parse_args().out
     try:
         demonstrate(out)
-    except OSError as e:
-        parser.exit(2, f"{parser.prog}: --out {out}: {e.strerror or e}\n")
+    except (OSError, ValueError, ImportError) as e:             # a folder, a format, a matplotlib that is not there
+        reason = str(getattr(e, "strerror", None) or e).split()
+        parser.exit(2, f"{parser.prog}: --out {out}: {' '.join(reason)}\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -260,6 +261,7 @@ def _angle(a: Tensor, b: Tensor) -> float:
 
 
 def _draw(out: Path, X: Tensor) -> None:
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -281,7 +283,7 @@ def _draw(out: Path, X: Tensor) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(out, dpi=130, format="png")
+    figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
@@ -291,8 +293,9 @@ def main() -> None:
     out = parser.parse_args().out
     try:
         demonstrate(out)
-    except OSError as e:
-        parser.exit(2, f"{parser.prog}: --out {out}: {e.strerror or e}\n")
+    except (OSError, ValueError, ImportError) as e:             # a folder, a format, a matplotlib that is not there
+        reason = str(getattr(e, "strerror", None) or e).split()
+        parser.exit(2, f"{parser.prog}: --out {out}: {' '.join(reason)}\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -278,6 +279,7 @@ def demonstrate(out: Path | None = None, depth: int = 32, width: int = 256, imag
 
 
 def _draw(out: Path, cosines: dict, ranks: dict) -> None:
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -296,7 +298,7 @@ def _draw(out: Path, cosines: dict, ranks: dict) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, title="normalisation")
-    figure.savefig(out, dpi=130, format="png")
+    figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
@@ -318,8 +320,9 @@ def main() -> None:
     out = parser.parse_args().out
     try:
         demonstrate(out)
-    except OSError as e:
-        parser.exit(2, f"{parser.prog}: --out {out}: {e.strerror or e}\n")
+    except (OSError, ValueError, ImportError) as e:             # a folder, a format, a matplotlib that is not there
+        reason = str(getattr(e, "strerror", None) or e).split()
+        parser.exit(2, f"{parser.prog}: --out {out}: {' '.join(reason)}\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import parallel
 import rulefile
 import runs
 
-VERSION = 1                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in
+VERSION = 2                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in
 # By data set: the paper's network for it, and what is trained when nothing else is asked for.
 RECIPES = {"gratings": {"model": "cnn", "width": 16, "epochs": 12, "batch_size": 64},
            "cifar10": {"model": "cnn", "width": 32, "epochs": 50, "batch_size": 128},
@@ -148,6 +148,10 @@ def add_machine(p: argparse.ArgumentParser) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = parser()
     args = p.parse_args(argv)
+    try:
+        parallel.asked()
+    except ValueError as e:
+        p.error(str(e))
     if args.resume:
         args = resumed(p, argv, args.resume)
     for flag in ("muon_lr", "muon_weight_decay"):

@@ -27,8 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def asked() -> bool:
-    """Was this process started by torchrun, as one of several?"""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Was this process started by torchrun, as one of several? Raises ValueError for what another launcher left behind."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal():
+        raise ValueError(f"the environment variable WORLD_SIZE is {size!r}, which is no number; unset it")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(size) > 1 and missing:
+        raise ValueError(f"the environment variable WORLD_SIZE is {size}, but {', '.join(missing)} are not set; unset it, or "
+                         "start with torchrun")
+    return int(size) > 1
 
 
 def start(device: torch.device) -> None:

@@ -29,8 +29,9 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -138,9 +139,10 @@ class Recorder:
 
     handle   what fa.attach returned; its exact() gives backprop's gradient at the same weights and batch
     images   (N, C, H, W) float32, as the model reads them; the paper's kind of study uses a few hundred
-    labels   (N,) int64
+    labels   (N,) int64, or what else `loss` compares the model's output with
+    loss     (output, labels) -> scalar, the training's
 
-    measure() returns, for each layer by name,
+    measure() returns, for each layer by name that the model called,
         error, gradient, update, activation   {effective_rank, participation_ratio, stable_rank, ceiling} of
               error       δ at the layer's output, (N, out·H·W): at most N
               gradient    (out, in·kh·kw)
@@ -156,8 +158,9 @@ class Recorder:
 
     SPECTRUM = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320, 512)
 
-    def __init__(self, model: nn.Module, handle, images: Tensor, labels: Tensor):
-        self.model, self.handle, self.images, self.labels = model, handle, images, labels
+    def __init__(self, model: nn.Module, handle, images: Tensor, labels: Tensor,
+                 loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy):
+        self.model, self.handle, self.images, self.labels, self.loss = model, handle, images, labels, loss
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         self._updates: dict[str, Tensor] = {}
 
@@ -181,7 +184,8 @@ class Recorder:
             with self.handle.exact():
                 exact = self._backward()[2]
         record = {}
-        for name, layer in self.layers.items():
+        for name in inputs:
+            layer = self.layers[name]
             spectrum = self._sigma(errors[name])
             relative = [] if spectrum is None else [(spectrum[rank - 1] / spectrum[0]).item() if spectrum[0] > 0 else 0.0
                                                     for rank in self.SPECTRUM if rank <= len(spectrum)]
@@ -209,20 +213,22 @@ class Recorder:
         return None if sigma is None else {**measures(sigma), "ceiling": len(sigma)}
 
     def _backward(self) -> tuple[dict, dict, dict]:
-        """Each layer's input, the error at its output, and its weight gradient, by the rule in force."""
-        inputs, outputs = {}, {}
-        hooks = [layer.register_forward_hook(lambda layer, args, y, name=name: inputs.update({name: args[0].detach()})
-                                             or outputs.update({name: y}))
+        """The input of each layer that was called, the error at its output, and its weight gradient, by the rule in force."""
+        calls: dict[str, tuple[Tensor, Tensor]] = {}
+        hooks = [layer.register_forward_hook(lambda layer, args, named, y, name=name:
+                                             calls.update({name: ((*args, *named.values())[0].detach(), y)}), with_kwargs=True)
                  for name, layer in self.layers.items()]
         try:
-            loss = F.cross_entropy(self.model(self.images), self.labels)
+            loss = self.loss(self.model(self.images), self.labels)
         finally:
             for hook in hooks:
                 hook.remove()
-        weights = [layer.weight for layer in self.layers.values()]
-        both = torch.autograd.grad(loss, [*(outputs[name] for name in self.layers), *weights], allow_unused=True,
-                                   materialize_grads=True)                  # a rule may send no error: zeros
-        return inputs, dict(zip(self.layers, both)), dict(zip(self.layers, both[len(weights):]))
+        ran = [name for name in self.layers if name in calls]               # attention calls not all of its layers
+        tensors = [*(calls[name][1] for name in ran), *(self.layers[name].weight for name in ran)]
+        wanted = [t for t in tensors if t.requires_grad]
+        found = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+        both = [next(found) if t.requires_grad else torch.zeros_like(t) for t in tensors]   # no error is one of zeros
+        return {name: calls[name][0] for name in ran}, dict(zip(ran, both)), dict(zip(ran, both[len(ran):]))
 
 
 class Trajectory:
@@ -287,11 +293,17 @@ def read(run: Path) -> tuple[str, list[dict]]:
         records = [json.loads(line) for line in (run / "rank.jsonl").read_text().splitlines()]
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{run} has no record of ranks ({e}); make one with train.py --rank") from e
-    return " + ".join([args["rule"].rpartition(":")[2], *["muon"] * args["muon"], args["norm"] or "no norm"]), records
+    file, _, rule = args["rule"].rpartition(":")
+    rule = f"{Path(file).stem}.{rule}" if file else rule
+    return " + ".join([rule, *["muon"] * args["muon"], args["norm"] or "no norm"]), records
 
 
-def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] = COLOURS) -> None:
-    """Six panels, the same colour for a run in all: rank by depth and over epochs, spectrum, trajectory, alignment."""
+def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] = COLOURS, kind: str | None = None) -> None:
+    """Six panels, the same colour for a run in all: rank by depth and over epochs, spectrum, trajectory, alignment.
+
+    kind   of picture, such as "png", where the path's ending does not say it
+    """
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -339,7 +351,7 @@ def draw(path: Path, runs: list[tuple[str, list[dict]]], colours: Sequence[str] 
     spectrum.set_ylim(1e-4, 1.5)                                # what is smaller does not count
     figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs) + 1, frameon=False,
                   fontsize=10)
-    figure.savefig(path, dpi=110, format=path.suffix[1:] if path.suffix in (".pdf", ".svg") else "png")
+    figure.savefig(path, dpi=110, format=kind)
     plt.close(figure)
 
 
@@ -368,6 +380,7 @@ def demonstrate(out: Path | None = None) -> None:
 
 def _draw_examples(out: Path, examples: dict[str, Tensor]) -> None:
     """Each spectrum, and how many of its directions count."""
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -382,7 +395,7 @@ def _draw_examples(out: Path, examples: dict[str, Tensor]) -> None:
     right.set_yticks([-i for i in range(len(examples))], examples, fontsize=11)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=130, format="png")
+    figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
@@ -402,8 +415,8 @@ def main(argv: list[str] | None = None) -> int:
         labels = [label for label, _ in read_runs]
         draw(args.out, [(f"{label} ({run.name})" if labels.count(label) > 1 else label, records)
                         for run, (label, records) in zip(args.runs, read_runs)])
-    except (ValueError, OSError) as e:
-        print(f"rank.py: {e}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as e:
+        print(f"rank.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     print(args.out)
     return 0

@@ -7,6 +7,7 @@ function here takes an experiment (see reproduce.Experiment) and its lines, and 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,7 @@ def colour(label: str) -> str:
 
 def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none"):
     """(figure, axes as an array of that shape): no display needed, no frame around the axes."""
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -252,7 +254,7 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
 
 def draw_ranks(path: Path, experiment, lines: list[dict]) -> None:
     first = [(line["label"], line["rank"]) for line in lines if line["seed"] == 0]
-    runs.write(path, lambda partial: rank.draw(partial, first, [colour(label) for label, _ in first]))
+    runs.write(path, lambda partial: rank.draw(partial, first, [colour(label) for label, _ in first], "png"))
 
 
 def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
@@ -299,10 +301,10 @@ def axis(columns: list[str]) -> tuple[list[str], list[float], str]:
 
 def draw_map(path: Path, experiment, lines: list[dict]) -> None:
     """Heat maps of FA's rank ÷ backprop's: a panel for each quantity, initialisation and rate; seed 0."""
-    from matplotlib.colors import TwoSlopeNorm
     names, columns, kinds = panels(experiment), list(experiment.columns), {"error": "error δ", "gradient": "weight gradient"}
     rows = [(panel, kind) for kind in kinds for panel in names]
     figure, grid = figure_of(len(rows), len(columns), size=(2.6 * len(columns) + 1.5, 2 * len(rows)))
+    from matplotlib.colors import TwoSlopeNorm
     image = None
     for i, (panel, kind) in enumerate(rows):
         for j, column in enumerate(columns):

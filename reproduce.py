@@ -8,13 +8,15 @@
     python reproduce.py --check                      # does the README still say what results/ says?
 
 A run is `train.py` with the arguments listed below. When it ends, one JSON line with its arguments, seed, versions,
-commit, device and log goes to results/NAME.jsonl, and nothing else makes numbers for the README: its tables stand
+commit, data, device and log goes to results/NAME.jsonl, and nothing else makes numbers for the README: its tables stand
 between <!-- NAME --> marks and are written from those lines. Runs whose line is there already (same arguments, seed and
-train.VERSION) are not run again, so a killed experiment goes on where it was; `--set` changes arguments of all its runs.
+train.VERSION) are not run again, and one that was killed is resumed, so a killed experiment goes on where it was. `--set`
+changes arguments of all its runs.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import queue
@@ -22,7 +24,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import data
 import options
 import report
 import rulefile
@@ -40,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
 # Arguments that are not part of an experiment: where and in which precision it runs (each result says), and the recorder.
+REORDERED = 2                   # the version that put CIFAR's images into another order; other data are as they were
 NEUTRAL = ("out", "data", "device", "device_reason", "amp", "amp_reason", "rank", "graph")
 
 
@@ -164,18 +167,20 @@ class Job(NamedTuple):
     key: str                    # the run's identity: every argument's value, and train.VERSION
 
 
-def jobs(experiment: Experiment, seeds: int, changes: list[str]) -> list[Job]:
+def jobs(experiment: Experiment, seeds: int, changes: list[str], version: int | None = None) -> list[Job]:
     """All runs of an experiment. Raises SystemExit, through train.parse, for an argument that train.py refuses."""
     listed = []
     for seed in range(seeds):
         for label, own in experiment.cells.items():
             for column, text in experiment.columns.items():
                 argv = [*shlex.split(f"{experiment.common} {own}".replace("{}", text)), *changes, "--seed", str(seed)]
-                listed.append(Job(label, column, argv, key(vars(train.parse(argv)), train.VERSION)))
+                listed.append(Job(label, column, argv, key(vars(train.parse(argv)), version or train.VERSION)))
     return listed
 
 
 def key(args: dict, version: int) -> str:
+    if args["dataset"] not in data.CIFAR:
+        version = max(version, REORDERED)
     chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None and v is not False}   # flags of later days
     if args.get("amp_reason") == "as asked":                    # an experiment about precision
         chosen["amp"] = args["amp"]
@@ -217,27 +222,49 @@ def run_at(places: queue.Queue, *args: Any) -> dict:
         places.put(place)
 
 
-def run(name: str, job: Job, data: str, threads: int, running: dict, device: str) -> dict:
-    """One run of train.py in a process of its own; returns its result line."""
-    Path("runs").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="runs"))
-    command = [sys.executable, str(HERE / "train.py"), *job.argv, "--data", data, "--device", device,
-               "--out", str(folder / "run")]
+def begun(path: Path, job: Job) -> Path:
+    """Where a run is until its result is in the file at `path`; so one that was killed before is found again."""
+    name = hashlib.sha256(json.dumps([str(path.resolve()), job.argv, job.key]).encode()).hexdigest()
+    return Path("runs") / f"{path.stem}-{name[:12]}"
+
+
+def wait_for(folder: Path) -> None:
+    """Until no process writes to it: of an experiment that was killed a run may be left that has not noticed yet."""
+    said = False
+    while folder.exists():
+        try:
+            with runs.claim(folder):
+                return
+        except runs.RunError as e:
+            if not said:
+                print(f"{e}", file=sys.stderr, flush=True)
+            said = True
+            time.sleep(0.5)
+
+
+def run(path: Path, job: Job, root: str, threads: int, running: dict, device: str) -> dict:
+    """One run of train.py in a process of its own, or what is left of one; returns its result line."""
+    folder = begun(path, job) / "run"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    what = ["--resume", str(folder)] if (folder / runs.CONFIG).exists() else [*job.argv, "--out", str(folder)]
+    command = [sys.executable, str(HERE / "train.py"), *what, "--data", root, "--device", device]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    running[job.key] = process, folder / "run" / "log.jsonl"
-    _, error = process.communicate()
-    del running[job.key]
+    with runs.claim(folder.parent) as held:                     # train.py holds it too, should this process be killed
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                                   pass_fds=held)
+        running[job.key] = process, folder / "log.jsonl"
+        _, error = process.communicate()
+        del running[job.key]
     if process.returncode not in (0, train.DIVERGED):
-        raise runs.RunError(f"{' '.join(job.argv)} ended with status {process.returncode}: {error.strip()[-2000:]}")
-    config = json.loads((folder / "run" / "config.json").read_text())
-    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    ranks = folder / "run" / "rank.jsonl"
+        raise runs.RunError(f"{' '.join(job.argv)} ended in {folder} with status {process.returncode}: {error.strip()[-2000:]}")
+    config = runs.read_config(folder)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    ranks = folder / "rank.jsonl"
     recorded = {"rank": [json.loads(line) for line in ranks.read_text().splitlines()]} if ranks.exists() else {}
-    return {"experiment": name, "label": job.label, "seed": config["args"]["seed"],
+    return {"experiment": path.stem, "label": job.label, "seed": config["args"]["seed"],
             "final_test_accuracy": log[-1]["test_accuracy"], "diverged": log[-1]["diverged"],
             "seconds": round(sum(line["seconds"] for line in log), 1), "device": config["device"],
-            "commit": config["commit"], "version": config["version"], "versions": config["versions"],
+            "commit": config["commit"], "version": config["version"], "versions": config["versions"], "data": config["data"],
             "args": config["args"], "epochs": log, **recorded}
 
 
@@ -248,8 +275,10 @@ def run_missing(path: Path, missing: list[Job], done: dict[str, dict], args: arg
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     began, total = time.time(), sum(train.parse(job.argv).epochs for job in missing)
     finished, places = 0, devices(args.device, args.jobs)
+    for job in missing:
+        wait_for(begun(path, job))
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = {pool.submit(run_at, places, args.name, job, args.data, threads, running): job for job in missing}
+        waiting = {pool.submit(run_at, places, path, job, args.data, threads, running): job for job in missing}
         try:
             while waiting:
                 for future in [f for f in waiting if f.done()]:
@@ -257,6 +286,8 @@ def run_missing(path: Path, missing: list[Job], done: dict[str, dict], args: arg
                     finished += len(line["epochs"])
                     done[job.key] = line
                     runs.write_log(path, list(done.values()))
+                    if begun(path, job).exists():               # whoever asks for this run again gets a new one
+                        begun(path, job).rename(f"{begun(path, job)}-{time.time_ns()}")
                     show("")
                     print(", ".join([job.label, *[job.column] * bool(job.column), f"seed {line['seed']}"])
                           + f": {report.percent(line)}, {train.span(line['seconds'])}", flush=True)
@@ -281,10 +312,15 @@ def show(progress: str) -> None:
 # ---- the README ------------------------------------------------------------------------------------------------
 
 def lines_of(name: str) -> list[dict]:
-    """The lines that the README's table shows: the experiment as it stands, every seed that was run."""
+    """The lines that the README's table shows: the experiment as it stands, every seed that was run.
+
+    All are of one version: an older one's, as long as it has more of them than the newer.
+    """
     experiment, done = EXPERIMENTS[name], read(RESULTS / f"{name}.jsonl")
     most = 1 + max((line["seed"] for line in done.values()), default=-1)
-    return [shown(job, done) for job in jobs(experiment, most, []) if complete(job, done)]
+    versions = sorted({train.VERSION, *(line["version"] for line in done.values())}, reverse=True)
+    return max(([shown(job, done) for job in jobs(experiment, most, [], version) if complete(job, done)]
+                for version in versions), key=len)
 
 
 def shown(job: Job, done: dict[str, dict]) -> dict:
@@ -292,12 +328,27 @@ def shown(job: Job, done: dict[str, dict]) -> dict:
     return {**done[job.key], "label": job.label, "column": job.column}
 
 
+def table(experiment: Experiment, lines: list[dict]) -> str:
+    """The experiment's table, and under it what a reader has to know of the images."""
+    notes = dict.fromkeys(note for line in lines if line["args"]["dataset"] in data.CIFAR for note in remarks(line))
+    return report.VIEWS[experiment.view].table(experiment, lines) + "\n\n" * bool(notes) + " ".join(notes)
+
+
+def remarks(line: dict) -> list[str]:
+    """On a result with CIFAR. Version 1 did not write down what it saw; its CIFAR-10 was a copy of 25,000 training images."""
+    name, old = line["args"]["dataset"], line["version"] < REORDERED
+    whole = data.CIFAR[name].most["train"] * len(data.CIFAR[name].classes)
+    count = line.get("data", {}).get("train_images", 25_000 if old and name == "cifar10" else whole)
+    part = f"From a copy that has {count:,} of the {whole:,} training images of {name.replace('cifar', 'CIFAR-')}."
+    return ["Version 1, another order of images."] * old + [part] * (count < whole)
+
+
 def written(text: str) -> str:
     """The README with its tables written anew from results/."""
     for name, experiment in EXPERIMENTS.items():
         block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if block.search(text):
-            content = report.VIEWS[experiment.view].table(experiment, lines_of(name)) + "\n"
+            content = table(experiment, lines_of(name)) + "\n"
             text = block.sub(lambda m: m[1] + content + m[2], text)     # noqa: B023  (sub calls it before content changes)
     return text
 
@@ -360,8 +411,9 @@ def main(argv: list[str] | None = None) -> int:
         picture = folder / ("-".join([args.name, *args.changes]).replace("/", "_") + ".png")
         lines = [shown(job, done) for job in listed]
         view = report.VIEWS[experiment.view]
-        view.draw(picture, experiment, lines)
-        print("\n" + view.table(experiment, lines) + f"\n\n{picture}")
+        print("\n" + table(experiment, lines) + "\n", flush=True)
+        if runs.picture(picture, lambda: view.draw(picture, experiment, lines)):
+            print(picture)
         if README.exists() and not args.changes and not args.out:
             text = written(README.read_text(encoding="utf-8"))
             if text != README.read_text(encoding="utf-8"):

@@ -43,8 +43,9 @@ def load(text: str) -> type[fa.Rule]:
 
 
 def name(text: str) -> str:
-    """What to call it: the name in fa.RULES, or the class."""
-    return text.rpartition(":")[2]
+    """What to call it: the name in fa.RULES, or file and class, as all of a course may call their class MyRule."""
+    path, _, name = text.rpartition(":")
+    return f"{Path(path).stem}.{name}" if path else name
 
 
 def digest(text: str) -> str | None:

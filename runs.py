@@ -81,12 +81,15 @@ def _tidy(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Be the only process that writes to this folder; one that dies holds nothing. Raises RunError if another does."""
+def claim(folder: Path) -> Iterator[list[int]]:
+    """Be the only process that writes to this folder; one that dies holds nothing. Raises RunError if another does.
+
+    Gives the handles that hold the claim: with them as its `pass_fds` a child shares it, and keeps it after our death.
+    """
     try:
         import fcntl
     except ImportError:                                         # Windows has no such lock
-        yield
+        yield []
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -97,7 +100,7 @@ def claim(folder: Path) -> Iterator[None]:
         except OSError:                                         # a file system without locks
             pass
         _tidy(folder)
-        yield
+        yield [handle]
     finally:
         os.close(handle)
 
@@ -265,8 +268,19 @@ def _commit() -> str | None:
     return commit + ("+changes" if changed else "")
 
 
+def picture(path: Path, draw: Callable[[], object]) -> bool:
+    """Call draw(); where it fails, say so in one line and return False. A picture must never cost the numbers it shows."""
+    try:
+        draw()
+    except Exception as e:  # noqa: BLE001  (a broken matplotlib, odd settings, a full disk: whatever it is, it is said)
+        print(f"cannot draw {path}: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+        return False
+    return True
+
+
 def draw(path: Path, log: list[dict], title: str) -> None:
     """curves.png: loss on the left, training and test accuracy on the right."""
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")                                       # no display needed
     from matplotlib import pyplot as plt

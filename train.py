@@ -67,6 +67,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset):
         self.args = args
         self.data_digest = data.digest(dataset)
+        self.data_count = len(dataset.train_images) + (args.validate or 0)      # all that are there, trained on or not
         device = args.device
         self.train_images, self.train_labels = (t[:args.subset].to(device) for t in dataset[:2])
         share = slice(parallel.rank(), None, parallel.size())                   # of several processes each tests a part
@@ -357,6 +358,9 @@ class Log:
             trainer.load(state, same_device=state["device"] == self.args.device.type)
         except (RuntimeError, ValueError, KeyError) as e:
             raise runs.RunError(f"the checkpoint does not fit the network: {' '.join(str(e).split())[:300]}") from e
+        if trainer.step > trainer.total_steps:
+            raise runs.RunError(f"the run has made {trainer.step} steps already, and --epochs {self.args.epochs} are "
+                                f"{trainer.total_steps}; give more epochs")
         self.lines, self.ranks, self.spent, self.feedback = state["log"], state["ranks"], state["spent"], state["feedback"]
         if not trainer.handle.rule.learns and trainer.handle.digest() != self.feedback:
             raise runs.RunError("the checkpoint's feedback weights are not those that the run began with")
@@ -415,7 +419,8 @@ def end(log: Log, began: float) -> int:
     """The last words and the picture. Returns the exit status."""
     last, took = log.lines[-1], span(time.perf_counter() - began)
     if log.folder:
-        runs.draw(log.folder / "curves.png", log.lines, log.title)
+        picture = log.folder / "curves.png"
+        runs.picture(picture, lambda: runs.draw(picture, log.lines, log.title))
     if last["diverged"]:
         log.say(f"diverged: at step {last['step']} (epoch {last['epoch']}) {last['not_finite']} is not finite; a lower --lr, "
                 f"--norm or --muon may help · {log.folder}")
@@ -445,7 +450,8 @@ def begin(args: argparse.Namespace, trainer: Trainer, held: contextlib.ExitStack
         held.enter_context(runs.claim(log.folder))
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     here = {"device": device, "processes": parallel.size(), **runs.provenance()}
-    config = {"version": VERSION, **here}
+    saw = {"digest": trainer.data_digest, "train_images": trainer.data_count}
+    config = {"version": VERSION, "data": saw, **here}
     if args.resume:                                                             # what it began with, and each going on
         config = runs.read_config(args.resume)
         config["resumed"] = [*config.get("resumed", []), {"step": trainer.step, **here}]

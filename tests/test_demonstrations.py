@@ -30,9 +30,10 @@ def test_it_prints_a_table_and_saves_a_picture(name, tmp_path, monkeypatch, caps
         assert out.endswith("picture.png\n") and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("name", ["muon", "rank"])
-def test_a_folder_that_is_not_there_is_one_line(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("out, said", [("nowhere/picture.png", "No such file"), ("x.docx", "Format 'docx' is not supported")])
+@pytest.mark.parametrize("name", ["fa", "muon", "norm", "rank"])
+def test_a_picture_that_cannot_be_saved_is_one_line(name, out, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(name, "--out", "nowhere/picture.png", monkeypatch=monkeypatch) == 2
+    assert run(name, "--out", out, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "nowhere/picture.png" in error
+    assert error.count("\n") == 1 and error.startswith(f"{name}.py: ") and said in error and not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import filelock
 import image_tree
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -35,6 +37,11 @@ def tree(tmp_path):
     return tmp_path / "my images"
 
 
+def beside(tree):
+    """Names of what there is, but for the locks, which are empty and may stay."""
+    return {path.name for path in tree.parent.iterdir() if not path.name.endswith(".lock")}
+
+
 def test_the_same_images_labels_and_order_as_were_written(tree):
     dataset = data.load(str(tree))
     for key, value in made().items():
@@ -48,7 +55,7 @@ def test_it_trains_like_the_data_set_that_it_was_written_from(tmp_path, monkeypa
     content = made(classes, 200)
     content["test_labels"] = torch.arange(100)
     torch.save(content, tmp_path / "cifar100.pt")
-    image_tree.write(content, tmp_path / "tree")
+    image_tree.write(data.load("cifar100", tmp_path)._asdict(), tmp_path / "tree")
     monkeypatch.chdir(tmp_path)
     small = ["--model", "cnn", "--width", "4", "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--data", ".",
              "--norm"]
@@ -99,6 +106,38 @@ def test_other_sizes_shapes_and_modes_become_square_rgb(tmp_path):
     assert (data.load(str(tmp_path / "t"), size=24).train_images[0] == 255).all()
 
 
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_16_bits_of_grey_are_scaled_to_8(tree, order):
+    """A ramp from 1000 to 60000 of 65535 has a mean of 30500, which is 119 of 255."""
+    ramp = numpy.linspace(1000, 60000, 32).round().astype(order)
+    pixels = numpy.tile(ramp, (32, 1))
+    name = f"train/ant/00000.{'png' if order == '<u2' else 'tiff'}"
+    (tree / "train/ant/00000.png").unlink()
+    Image.fromarray(pixels).save(tree / name)
+    assert Image.open(tree / name).mode.startswith("I;16")
+    image = data.load(str(tree)).train_images[0].float()
+    assert abs(image.mean() - 119) < 1
+    assert torch.allclose(image, torch.from_numpy(pixels.astype("f4")).expand(3, 32, 32) * 255 / 65535, atol=1)
+
+
+def test_what_is_hidden_is_no_class_and_no_image(tree, capsys):
+    before = data.digest(data.load(str(tree)))
+    for folder in ("train/.ipynb_checkpoints", "test/.ipynb_checkpoints", "train/ant/.ipynb_checkpoints"):
+        shutil.copytree(tree / "train/bee", tree / folder)
+    (tree / "train/ant/._00000.png").write_bytes(b"what a Mac leaves")
+    assert data.digest(data.load(str(tree))) == before and capsys.readouterr().err == ""
+
+
+def test_files_of_other_types_are_counted_in_one_line(tree, capsys):
+    for name in ("train/ant/1.jfif", "train/ant/2.JFIF", "test/cow/deep/3.heic", "train/bee/4.jfif", "train/bee/README"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_bytes(b"")
+    for _ in range(2):                                          # also when the images are there already
+        assert len(data.load(str(tree)).train_images) == 12
+        assert capsys.readouterr().err.startswith(
+            f"{tree}: files that are left out: 3 .jfif, 1 .heic, 1 without extension; images are .jpg, ")
+
+
 def test_tiny_imagenet_as_it_unpacks(tmp_path):
     folder = tmp_path / "tiny-imagenet-200"
     names = ["n01443537", "n01629819"]
@@ -133,13 +172,21 @@ FAULTS = {
     "no folder": (lambda tree: tree.rename(tree.with_name("gone")), "unknown data set"),
     "no test": (lambda tree: (tree / "test").rename(tree / "later"), "has no folder val/: a data set needs train/ and test/"),
     "no train": (lambda tree: (tree / "train").rename(tree / "later"), "has no folder train/"),
-    "empty": (nothing, "no training set: Found no valid file for the classes ant, bee, cow"),
+    "empty": (nothing, "is no training set: it holds no images (.jpg, "),
     "an empty class": (lambda tree: [p.unlink() for p in (tree / "train/bee").iterdir()],
-                       "Found no valid file for the classes bee"),
+                       ".webp) of bee"),
     "no class": (lambda tree: [(tree / "train" / name).rename(tree / name) for name in ("ant", "bee", "cow")],
-                 "find any class folder"),
+                 "train has no folder of a class: there is nothing to tell apart"),
     "one class": (lambda tree: [(tree / part / name).rename(tree / f"{part}{name}") for part in ("train", "test")
                                 for name in ("ant", "bee")], "has one class only, cow"),
+    "a link to nowhere": (lambda tree: [(tree / "train/ant" / name).symlink_to("gone") for name in ("x.png", "y.PNG", "z")],
+                          "holds links to files that are not there: train/ant/x.png, train/ant/y.PNG, train/ant/z; mend"),
+    "a class that is a link to nowhere": (lambda tree: (tree / "test/dog").symlink_to("gone"),
+                                          "holds links to files that are not there: test/dog; mend"),
+    "integers of any range": (lambda tree: Image.new("I", (40, 30)).save(tree / "test/cow/00002.tiff"),
+                              "cannot be read as images: test/cow/00002.tiff (its mode is I); mend"),
+    "floats": (lambda tree: Image.new("F", (40, 30)).save(tree / "test/cow/00002.tiff"),
+               "cannot be read as images: test/cow/00002.tiff (its mode is F); mend"),
     "a class more in test": (lambda tree: (tree / "test/bee").rename(tree / "test/dog"), "test has classes that"),
     "nothing to test": (lambda tree: [p.unlink() for p in (tree / "test").rglob("*.png")], "holds no images (.jpg"),
     "unreadable": (lambda tree: [(tree / f"train/ant/{i:05}.png").write_bytes(b"no image") for i in (0, 3, 6)],
@@ -171,7 +218,7 @@ def test_a_fault_is_named_and_nothing_is_kept(fault, tree, capsys, monkeypatch):
         status = stopped.code
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and error.startswith("train.py: ")
-    assert not list(tree.parent.glob("*.pt")) and not list(tree.parent.glob(".*")) and not (tree.parent / "runs").exists()
+    assert beside(tree) <= {"my images", "gone"}
 
 
 def test_a_cache_that_is_damaged_or_cannot_be_right_is_refused(tree):
@@ -205,7 +252,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(tree, monkeypatch, what):
             assert len(data.load(str(tree)).train_images) == 12
         assert "\n" not in str(warned[0].message)
     assert len(decoded) == 2 and cache.read_bytes() == old
-    assert sorted(path.name for path in tree.parent.iterdir()) == ["my images", "my images.32.pt"]
+    assert beside(tree) == {"my images", "my images.32.pt"}
     data.load(str(tree))
     with monkeypatch.context() as patch:
         patch.setattr(filelock, "FileLock", None)               # a cache that is right is read without a lock
@@ -253,7 +300,7 @@ def test_of_two_processes_one_decodes_and_the_other_waits_and_says_so(tree, monk
     assert process.returncode == (0 if end == "done" else -signal.SIGKILL)
     assert len(decoded) == (0 if end == "done" else 2)          # what the other has made is used; half of it is not
     assert torch.equal(loaded.result().train_images, made()["train_images"])
-    assert sorted(path.name for path in tree.parent.iterdir()) == ["my images", "my images.32.pt"]
+    assert beside(tree) == {"my images", "my images.32.pt"}
 
 
 def test_the_stamp_reads_no_file(tree):

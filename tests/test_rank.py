@@ -128,6 +128,34 @@ def test_the_recorder_measures_what_autograd_computes():
     assert record["classifier"]["angle_gradient"] < 0.05 and record["layers.1"]["angle_gradient"] > 30
 
 
+class Odd(nn.Module):
+    """A layer that never runs, one that gets its input by name, a frozen stem, and attention, which calls no out_proj."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.unused, self.named = nn.Linear(6, 8), nn.Linear(3, 3), nn.Linear(8, 8)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 1)
+        self.stem.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.named(input=self.stem(x).relu())
+        return self.head(self.attention(h, h, h)[0].mean(1))
+
+
+def test_the_recorder_records_what_ran_by_the_loss_of_the_training():
+    torch.manual_seed(0)
+    model, x, targets = Odd(), torch.randn(5, 4, 6), torch.randn(5, 1)
+    record = rank.Recorder(model, fa.attach(model, fa.RULES["bp"]()), x, targets, F.mse_loss).measure()
+    assert list(record) == ["stem", "named", "head"]
+    F.mse_loss(model(x), targets).backward()
+    exact = rank.effective_rank(model.named.weight.grad)
+    assert record["named"]["gradient"]["effective_rank"] == pytest.approx(exact, rel=1e-3)
+    error = 2 / 5 * (model(x) - targets).detach()               # of the mean of 5 squares
+    assert record["head"]["error"]["stable_rank"] == pytest.approx(rank.stable_rank(error))
+    assert record["stem"]["gradient"]["effective_rank"] == 0    # its weight is not trained
+    json.dumps(record, allow_nan=False)
+
+
 def test_the_recorder_leaves_no_trace():
     model, handle, x, labels = small()
     model.eval()
@@ -209,11 +237,19 @@ def test_the_picture_and_its_errors(tmp_path, capsys, monkeypatch):
     labels = []
     monkeypatch.setattr(rank, "draw", lambda path, runs: labels.append([label for label, _ in runs]))
     (tmp_path / "c").symlink_to(tmp_path / "a")
+    for name in ("alice", "bob"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank.jsonl").write_text((tmp_path / "a" / "rank.jsonl").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({"args": {"rule": f"handed in/{name}.py:MyRule", "muon": False,
+                                                                          "norm": None}}))
     assert rank.main([str(tmp_path / name) for name in "abc"]) == 0            # equal labels are told apart by the folder
-    assert labels == [["fa + no norm (a)", "fa + muon + no norm", "fa + no norm (c)"]]
+    assert rank.main([str(tmp_path / "alice"), str(tmp_path / "bob")]) == 0
+    assert labels == [["fa + no norm (a)", "fa + muon + no norm", "fa + no norm (c)"],
+                      ["alice.MyRule + no norm", "bob.MyRule + no norm"]]
     monkeypatch.undo()
     capsys.readouterr()
-    for wrong in ([str(tmp_path)], [str(tmp_path / "a")] * 8, [str(tmp_path / "a"), "--out", str(tmp_path / "no" / "x.png")]):
+    for wrong in ([str(tmp_path)], [str(tmp_path / "a")] * 8, [str(tmp_path / "a"), "--out", str(tmp_path / "no" / "x.png")],
+                  [str(tmp_path / "a"), "--out", str(tmp_path / "x.docx")]):
         assert rank.main(wrong) == 2
         err = capsys.readouterr().err
         assert err.startswith("rank.py: ") and err.count("\n") == 1

@@ -1,17 +1,22 @@
 """reproduce.py: runs only what is missing, keeps every result, and writes README tables that cannot drift."""
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 
+import data
 import options
 import report
 import reproduce
 import train
+from test_data import good
+from test_train import without_time
 
 TINY = "--dataset gratings --subset 64 --width 2 --epochs 1"
 
@@ -32,14 +37,14 @@ def counted(monkeypatch, fail_at=None):
     """reproduce.run without a process: makes a result, and counts the calls."""
     calls = []
 
-    def run(name, job, *_):
+    def run(path, job, *_):
         calls.append(job)
         if len(calls) == fail_at:
             raise KeyboardInterrupt
         args = {k: v for k, v in vars(train.parse(job.argv)).items() if k not in reproduce.NEUTRAL}
         accuracy = 0.5 + 0.1 * args["seed"]
-        return {"experiment": name, "label": job.label, "seed": args["seed"], "final_test_accuracy": accuracy, "args": args,
-                "diverged": False, "seconds": 1.0, "version": train.VERSION,
+        return {"experiment": path.stem, "label": job.label, "seed": args["seed"], "final_test_accuracy": accuracy,
+                "args": args, "diverged": False, "seconds": 1.0, "version": train.VERSION,
                 "epochs": [{"epoch": 1, "test_accuracy": accuracy, "step": 2}]}
 
     monkeypatch.setattr(reproduce, "run", run)
@@ -62,6 +67,50 @@ def test_end_to_end_with_real_runs(tiny, capsys):
     assert "2 of 2 runs" not in capsys.readouterr().out
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0
     assert "2 of 2 runs are in results/tiny.jsonl already" in capsys.readouterr().out
+
+
+def test_a_result_says_which_data_it_saw(tmp_path, monkeypatch, capsys):
+    torch.save(good(), tmp_path / "cifar100.pt")
+    experiment = reproduce.Experiment("a claim", f"{TINY} --subset 3 --dataset cifar100 --model cnn", {"FA": "--rule fa"})
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
+    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["tiny", "--device", "cpu", "--data", ".", "--out", "mine"]) == 0
+    line = json.loads((tmp_path / "mine" / "tiny.jsonl").read_text())
+    assert line["version"] == train.VERSION == 2
+    assert line["data"] == {"digest": data.digest(data.load("cifar100", tmp_path)), "train_images": 4}
+    (config,) = (tmp_path / "runs").glob("tiny-*/run/config.json")
+    assert json.loads(config.read_text())["data"] == line["data"]
+    assert "\n\nFrom a copy that has 4 of the 50,000 training images of CIFAR-100.\n" in capsys.readouterr().out
+
+
+def test_results_of_version_1_are_shown_until_the_experiment_is_run_again(tiny, monkeypatch):
+    experiment = reproduce.EXPERIMENTS["tiny"]
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "tiny", experiment._replace(common=TINY + " --dataset cifar10 --model cnn"))
+    readme, path = tiny / "README.md", tiny / "results" / "tiny.jsonl"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(train, "VERSION", 1)
+        counted(earlier)
+        assert reproduce.main(["tiny", "--seeds", "2"]) == 0
+    old, version_1 = path.read_text(), readme.read_text()
+    note = ("\n\nVersion 1, another order of images. From a copy that has 25,000 of the 50,000 training images of CIFAR-10.\n"
+            "<!-- end -->")
+    assert note in version_1 and "| FA | 55.0 ± 7.1 | 2 |" in version_1
+    calls = counted(monkeypatch, fail_at=3)
+    assert reproduce.main(["tiny", "--seeds", "2"]) == 130 and len(calls) >= 3  # none of version 1 counts
+    assert path.read_text().count("\n") == 4 + 2 and path.read_text().startswith(old)
+    assert reproduce.main(["--check"]) == 0 and readme.read_text() == version_1
+    counted(monkeypatch)
+    assert reproduce.main(["tiny", "--seeds", "2"]) == 0
+    assert path.read_text().startswith(old) and "Version 1" not in readme.read_text() and "± 7.1 | 2 |" in readme.read_text()
+
+
+def test_what_another_order_of_cifar_does_not_touch_is_not_run_again(tiny, monkeypatch):
+    calls = counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0
+    path = tiny / "results" / "tiny.jsonl"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    assert reproduce.main(["--check"]) == 0 and reproduce.main(["tiny"]) == 0 and len(calls) == 2
 
 
 def test_recorded_ranks_become_columns_and_a_picture(tiny, monkeypatch, capsys):
@@ -119,6 +168,39 @@ def test_killed_half_way_and_resumed(tmp_path):
     assert results.read_text().startswith(first) and results.read_text().count("\n") == 3
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert {line["label"] for line in lines} == {"backprop", "FA", "FA + Muon + norm"} and all("rank" in line for line in lines)
+
+
+def test_a_run_killed_in_its_middle_goes_on_there(tmp_path, monkeypatch):
+    command = [sys.executable, str(ROOT / "reproduce.py"), "quick", "--out", "mine", "--device", "cpu",
+               "--jobs", str(os.cpu_count()), "--set", "epochs=40", "subset=64", "width=2", "rank=20"]     # a thread each
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def finished():
+        """Epochs of each run."""
+        return [path.read_text().count("\n") for path in tmp_path.glob("runs/*/run/log.jsonl")]
+
+    while max(finished(), default=0) < 2:                       # with the second line the first checkpoint is there too
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert max(finished()) < 40 and not list((tmp_path / "mine").iterdir())
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    configs = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/run/config.json")]
+    resumed = [config["args"]["rule"] for config in configs if "resumed" in config and config["resumed"][0]["step"] >= 1]
+    assert len(configs) == 3 and resumed
+    monkeypatch.chdir(tmp_path)
+    results = [json.loads(text) for text in (tmp_path / "mine" / "quick.jsonl").read_text().splitlines()]
+    for job in reproduce.jobs(reproduce.EXPERIMENTS["quick"], 1, ["--epochs=40", "--subset=64", "--width=2",
+                                                                     "--rank=20"]):
+        assert train.main([*job.argv, "--device", "cpu", "--out", job.label]) == 0
+        (line,) = [line for line in results if line["label"] == job.label]
+        for key, name in (("epochs", "log.jsonl"), ("rank", "rank.jsonl")):
+            whole = [json.loads(text) for text in (tmp_path / job.label / name).read_text().splitlines()]
+            assert without_time(line[key]) == without_time(whole)
 
 
 def test_a_result_without_the_ranks_that_are_asked_for_is_run_again(tiny, monkeypatch):

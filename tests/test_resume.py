@@ -118,6 +118,17 @@ def test_more_epochs_into_another_folder(capsys):
     assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
 
 
+def test_fewer_epochs_than_are_done_are_refused(capsys):
+    assert train.main([*SMALL, "--norm", "--device", "cpu", "--epochs", "3", "--out", "run"]) == 0
+    before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
+    capsys.readouterr()
+    for more in ([], ["--out", "shorter"]):
+        assert train.main(["--resume", "run", "--epochs", "2", *more]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err == "train.py: the run has made 12 steps already, and --epochs 2 are 8; give more epochs\n"
+    assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before and not Path("shorter").exists()
+
+
 def test_a_second_interrupt_is_obeyed_at_once(capsys):
     with stopping(6, signal.SIGINT), stopping(6, signal.SIGINT):                # both in one step
         assert train.main([*SMALL, "--norm", "--device", "cpu", "--out", "run"]) == 130

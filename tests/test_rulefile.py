@@ -85,7 +85,7 @@ def test_an_error_in_the_middle_of_a_run_names_its_line(tmp_path, monkeypatch, c
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: late.py, line 4: MyRule.backward returned a tensor of shape (0,")
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name == "MyRule-gratings-cnn-s0" and len((folder / "log.jsonl").read_text().splitlines()) == 1
+    assert folder.name == "late.MyRule-gratings-cnn-s0" and len((folder / "log.jsonl").read_text().splitlines()) == 1
 
     for wrong, said in (("raise KeyError('late')", "late.py, line 7, in backward: KeyError: 'late'"),
                         ("1 / 0", "ZeroDivisionError")):
@@ -162,7 +162,7 @@ def test_reproduce_puts_it_beside_feedback_alignment(tmp_path, monkeypatch, caps
     assert reproduce.main(["tiny", "--device", "cpu", "--rule", "my_rule.py:MyRule"]) == 0
     printed = capsys.readouterr().out
     assert len(calls) == 5 and calls[-1].argv[:3] == ["--rule", "my_rule.py:MyRule", "--norm"]
-    assert "3 of 5 runs are in" in printed and "| MyRule | " in printed and "| MyRule + norm | " in printed
+    assert "3 of 5 runs are in" in printed and "| my_rule.MyRule | " in printed and "| my_rule.MyRule + norm | " in printed
     assert (tmp_path / "results" / "tiny.jsonl").read_text() == committed       # and what is one's own goes elsewhere
     assert len((tmp_path / "mine" / "tiny.jsonl").read_text().splitlines()) == 5
     assert (tmp_path / "mine" / "tiny.png").exists()
