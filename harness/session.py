@@ -36,6 +36,7 @@ import types
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +124,11 @@ class Run:
     # ---- before the first step -----------------------------------------------------------------------------------
 
     def begin(self, model: nn.Module, handle: fa.Attachment, optimisers: list[tuple[torch.optim.Optimizer, float]],
-              generator: torch.Generator, recording: object | None, dataset: data.Dataset) -> None:
+              generator: torch.Generator, recording: Any, dataset: data.Dataset) -> None:
         """Make the run's folder, or open the one to go on with; until the end no other process can. Raises Problem."""
         args = self.args
-        self.model, self.handle, self.optimisers, self.generator = model, handle, [o for o, _ in optimisers], generator
-        self.recording = recording
+        self.model, self.handle, self.generator, self.recording = model, handle, generator, recording
+        self._parts = model, handle, [optimiser for optimiser, _ in optimisers], generator, recording
         self.per_epoch = data.steps(args.subset or len(dataset.train_images), args.batch_size)
         self.steps = args.epochs * self.per_epoch
         digest = data.digest(dataset)
@@ -291,10 +292,8 @@ class Run:
         if self.folder:
             state = {"identity": self.identity, "device": self.args.device.type, "log": self.lines, "ranks": self.ranks,
                      "spent": self.spent, "feedback": now, "step": self.step, "interrupted": self._interrupted,
-                     "model": self.model.state_dict(), "optimisers": [o.state_dict() for o in self.optimisers],
-                     "rule": self.handle.rule.state_dict(), "generator": self.generator.get_state(),
-                     "torch_generator": torch.get_rng_state(), "recording": self.recording and self.recording.state_dict()}
-            files.write(self.folder / CHECKPOINT, lambda partial: torch.save(state, partial), keep=self.folder / PREVIOUS)
+                     **gather(*self._parts)}
+            files.write_tensors(self.folder / CHECKPOINT, state, keep=self.folder / PREVIOUS)
 
     def _load(self, state: dict) -> None:
         """Go on from a checkpoint. Raises Problem, saying what differs, if it is not one of this run."""
@@ -309,33 +308,43 @@ class Run:
             raise files.Problem(f"the run has made {state['step']} steps already, and --epochs {args.epochs} are "
                                 f"{self.steps}; give more epochs")
         try:
-            self._restore(state)
+            restore(state, *self._parts)
         except (RuntimeError, ValueError, KeyError) as e:
-            raise files.Problem(f"the checkpoint does not fit the network: {' '.join(str(e).split())[:300]}") from e
+            raise files.Problem(f"the checkpoint does not fit the network: {str(e)[:300]}") from e
+        if state["device"] != args.device.type:                 # a generator of another kind of device cannot go on
+            self.generator.manual_seed(args.seed + state["step"])
+        self._interrupted = state["interrupted"] and {
+            key: value.to(args.device) if isinstance(value, Tensor) and key != "order" else value
+            for key, value in state["interrupted"].items()}
         self.lines, self.ranks, self.step = state["log"], state["ranks"], state["step"]
         self.spent, self.feedback = state["spent"], state["feedback"]
         if not self.handle.rule.learns and self.handle.digest() != self.feedback:
             raise files.Problem("the checkpoint's feedback weights are not those that the run began with")
 
-    def _restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            ours = [{key: group[key] for key in OF_THE_DEVICE if key in group} for group in optimiser.param_groups]
-            optimiser.load_state_dict(saved)
-            for group, own in zip(optimiser.param_groups, ours):
-                group.update(own)                               # lr: the tensor that a CUDA graph reads
-        self._interrupted = state["interrupted"]
-        if self._interrupted:
-            self._interrupted = {key: value.to(self.args.device) if isinstance(value, Tensor) and key != "order" else value
-                                 for key, value in self._interrupted.items()}
-        if state["device"] == self.args.device.type:
-            self.generator.set_state(state["generator"])
-        else:                                                   # a generator of another kind of device cannot go on
-            self.generator.manual_seed(self.args.seed + state["step"])
-        self.handle.rule.load_state_dict(state["rule"])
-        torch.set_rng_state(state["torch_generator"])
-        if self.recording:
-            self.recording.load_state_dict(state["recording"])
+
+def gather(model: nn.Module, handle: fa.Attachment, optimisers: list[torch.optim.Optimizer], generator: torch.Generator,
+           recording: Any) -> dict:
+    """All that the rest of a training depends on."""
+    return {"model": model.state_dict(), "rule": handle.rule.state_dict(), "generator": generator.get_state(),
+            "optimisers": [o.state_dict() for o in optimisers], "torch_generator": torch.get_rng_state(),
+            "recording": recording and recording.state_dict()}
+
+
+def restore(state: dict, model: nn.Module, handle: fa.Attachment, optimisers: list[torch.optim.Optimizer],
+            generator: torch.Generator, recording: Any) -> None:
+    """The way back from `gather`. Raises RuntimeError, ValueError or KeyError for the state of another network."""
+    model.load_state_dict(state["model"])
+    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+        ours = [{key: group[key] for key in OF_THE_DEVICE if key in group} for group in optimiser.param_groups]
+        optimiser.load_state_dict(saved)
+        for group, own in zip(optimiser.param_groups, ours):
+            group.update(own)                                   # lr: the tensor that a CUDA graph reads
+    if len(generator.get_state()) == len(state["generator"]):
+        generator.set_state(state["generator"])
+    handle.rule.load_state_dict(state["rule"])
+    torch.set_rng_state(state["torch_generator"])
+    if recording:
+        recording.load_state_dict(state["recording"])
 
 
 def read_checkpoint(folder: Path) -> tuple[dict | None, str]:

@@ -17,10 +17,9 @@ import fa
 import models
 import muon
 import norm
-import options
 import rank
-import rulefile
 import train
+from harness import flags, rulefile
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
@@ -310,9 +309,9 @@ def test_a_cache_of_any_bytes(root, content):
     assert loads_or_says_why(root, content) is None
 
 
-# ---- train.parse: arguments, or one line and status 2 --------------------------------------------------------------------
+# ---- flags.parse: arguments, or one line and status 2 --------------------------------------------------------------------
 
-FLAGS = sorted(flag for action in options.parser()._actions for flag in action.option_strings if flag not in ("-h", "--help"))
+FLAGS = sorted(flag for action in flags.parser()._actions for flag in action.option_strings if flag not in ("-h", "--help"))
 NUMBERS = st.integers().map(str) | st.floats().map(str) | \
     st.sampled_from(["0", "1", "2", "-1", "1e400", "-0.0", "nan", "inf", "0x10", "1_0", "\u0663", "9" * 400])
 ANY_TEXT = st.text(st.characters(), max_size=8)         # lone surrogates too: sys.argv has them where bytes are not UTF-8
@@ -334,7 +333,7 @@ def test_any_arguments_are_taken_or_refused_in_one_line(pairs, joined):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            args = train.parse(argv)
+            args = flags.parse(argv)
     except SystemExit as e:
         assert e.code == 2 and said.getvalue().startswith("train.py: ") and len(said.getvalue().splitlines()) == 1
     else:
