@@ -19,7 +19,7 @@ import fa
 import models
 import norm
 import parallel
-import rulefile
+from harness import rulefile
 import runs
 
 VERSION = 2                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in

@@ -34,7 +34,7 @@ import torch
 import data
 import options
 import report
-import rulefile
+from harness import rulefile
 import runs
 import train
 

@@ -44,7 +44,7 @@ import models
 import muon
 import parallel
 import rank
-import rulefile
+from harness import rulefile
 import runs
 import speed
 from options import VERSION, computes_bf16, fixed, parse, settings

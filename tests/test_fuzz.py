@@ -19,7 +19,7 @@ import muon
 import norm
 import options
 import rank
-import rulefile
+from harness import rulefile
 import train
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -11,7 +11,7 @@ from test_reproduce import counted
 
 import fa
 import reproduce
-import rulefile
+from harness import rulefile
 import train
 
 HEAD = "import fa, torch\nclass MyRule(fa.FA):\n"
