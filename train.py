@@ -44,7 +44,7 @@ import models
 import muon
 import parallel
 import rank
-from harness import rulefile
+from harness import files, rulefile
 import runs
 import speed
 from options import VERSION, computes_bf16, fixed, parse, settings
@@ -148,8 +148,9 @@ class Trainer:
 
     def descend(self, chosen: Tensor, watch_update: bool = False, add_row: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The part of a step that is the same every time."""
-        images, labels = data.batch(self.train_images, self.train_labels, chosen, self.generator, self.flip,
-                                    (parallel.rank(), parallel.size()))
+        images, labels = data.batch(self.train_images, self.train_labels, chosen, self.generator, self.flip)
+        each = len(images) // parallel.size()
+        images, labels = (t[parallel.rank() * each:(parallel.rank() + 1) * each] for t in (images, labels))
         logits = self.forward(images, self.parallel)
         loss = F.cross_entropy(logits.float(), labels)
         self.model.zero_grad()
@@ -492,20 +493,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(args: argparse.Namespace) -> data.Dataset:
-    """What the arguments ask for. Raises DataError."""
+    """What the arguments ask for. Raises files.Problem."""
     with parallel.first_alone():                                # one process downloads, and the others find it done
         dataset = data.load(args.dataset, args.data, args.image_size or 32)
     if args.validate:
-        dataset = data.hold_out(dataset, args.validate)
+        try:
+            dataset = data.hold_out(dataset, args.validate)
+        except ValueError as e:
+            raise files.Problem(f"--validate {args.validate}: {e}") from e
     count = len(dataset.train_images)
     if args.subset and args.subset > count:
-        raise data.DataError(f"--subset {args.subset}: {args.dataset} has {count} training images"
+        raise files.Problem(f"--subset {args.subset}: {args.dataset} has {count} training images"
                              + (" that are not held out" if args.validate else ""))
     if args.norm in ("batch", "whiten") and args.subset == 1:
-        raise data.DataError(f"--subset 1: --norm {args.norm} compares images with each other and needs two")
+        raise files.Problem(f"--subset 1: --norm {args.norm} compares images with each other and needs two")
     batch = min(args.subset or count, args.batch_size)
     if batch % parallel.size():
-        raise data.DataError(f"a batch of {batch} images cannot be divided among {parallel.size()} processes")
+        raise files.Problem(f"a batch of {batch} images cannot be divided among {parallel.size()} processes")
     return dataset
 
 
@@ -524,7 +528,7 @@ def run(args: argparse.Namespace) -> int:
             log = begin(args, trainer, held)
             folder = log.folder
             return train(args, trainer, log)
-    except (data.DataError, runs.RunError, rulefile.RuleFileError, fa.HookError) as e:
+    except (files.Problem, runs.RunError, rulefile.RuleFileError, fa.HookError) as e:
         return complain(e)
     except BrokenPipeError:                                     # `python train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # or Python complains once more in the end

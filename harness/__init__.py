@@ -1,1 +1,1 @@
-"""Everything that a serious run needs and no reader does: nothing in here is needed to understand the method."""
+"""Everything that a serious run needs and no reader does: no part of the method is in here."""

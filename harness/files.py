@@ -1,8 +1,8 @@
 """Spares the reader how files survive a power cut, a full disk, a damaged byte and a second process.
 
 A file is written under another name, flushed to the disk and then renamed: whoever reads it, or finds it
-after a power cut, sees it whole. What torch saved is read only after its checksums were compared, and nothing in
-it is executed.
+after a power cut, sees it whole. What torch saved is read only after its checksums were compared, and nothing
+in it is executed.
 """
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def read(path: str | os.PathLike, remedy: str = "") -> object:
         raise Problem(f"cannot read {path}: {e.strerror or e}{remedy}") from e
     with file:
         try:
-            with zipfile.ZipFile(file) as archive:              # torch writes checksums, but does not check them
+            with zipfile.ZipFile(file) as archive:          # torch writes checksums, but does not check them
                 damaged = archive.testzip()
             if damaged:
                 raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
@@ -126,9 +126,11 @@ def read(path: str | os.PathLike, remedy: str = "") -> object:
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[list[int]]:
-    """Be the only process that writes to this folder. Raises Problem if another is; one that died holds nothing.
+    """Be the only process that writes to this folder. Raises Problem if another is; one that died holds
+    nothing.
 
-    Gives the handles that hold the claim. A child that gets them as `pass_fds` shares it, and keeps it if we die.
+    Gives the handles that hold the claim. A child that gets them as `pass_fds` shares it, and keeps it if we
+    die.
     """
     try:
         import fcntl

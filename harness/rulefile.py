@@ -1,4 +1,5 @@
-"""A learning rule out of anybody's file: `--rule my_rule.py:MyRule`, with nothing to register and nothing to fork.
+"""A learning rule out of anybody's file: `--rule my_rule.py:MyRule`, with nothing to register and nothing to
+fork.
 
     # my_rule.py
     import fa
@@ -7,9 +8,9 @@
         def backward(self, layer, error, input_shape):
             return fa.project(layer, layer.feedback.sign(), error, input_shape)
 
-`load` runs the file and tries the class on a small network before any training begins, because a mistake is cheap then:
-whatever is wrong becomes one line that names the file, the line in it, and what was expected. `explain` does the same for an
-error that comes up in the middle of a run.
+`load` runs the file and tries the class on a small network before any training begins, because a mistake is
+cheap then: whatever is wrong becomes one line that names the file, the line in it, and what was expected.
+`explain` does the same for an error that comes up in the middle of a run.
 """
 from __future__ import annotations
 
@@ -43,18 +44,21 @@ def load(text: str) -> type[fa.Rule]:
 
 
 def name(text: str) -> str:
-    """What to call it: the name in fa.RULES, or file and class, as all of a course may call their class MyRule."""
+    """What to call it: the name in fa.RULES, or file and class, as all of a course may call their class
+    MyRule."""
     path, _, name = text.rpartition(":")
     return f"{Path(path).stem}.{name}" if path else name
 
 
 def digest(text: str) -> str | None:
-    """Of the file, so that results of one version are not taken for another's; None for the project's own rules."""
+    """Of the file, so that results of one version are not taken for another's; None for the project's own
+    rules."""
     return None if text in fa.RULES else hashlib.sha256(_source(text)[2].encode()).hexdigest()[:16]
 
 
 def make(rule: type[fa.Rule], seed: int, gain: float | None = None, orthogonal: bool = False) -> fa.Rule:
-    """An instance; a class with a constructor of its own need only take what is asked for. Raises RuleFileError."""
+    """An instance; a class with a constructor of its own need only take what is asked for. Raises
+    RuleFileError."""
     asked: dict = {"seed": seed} | ({"gain": gain} if gain else {}) | ({"orthogonal": True} if orthogonal else {})
     try:
         made = rule(**asked)
@@ -73,7 +77,7 @@ def explain(error: BaseException, text: str) -> str | None:
     return None if text in fa.RULES else _place(error, str(Path(text.rpartition(":")[0])))
 
 
-# ---- from text to class ----------------------------------------------------------------------------------------
+# ---- from text to class ------------------------------------------------------------------------------------
 
 def _source(text: str) -> tuple[str, str, str]:
     path, _, name = text.rpartition(":")
@@ -82,7 +86,7 @@ def _source(text: str) -> tuple[str, str, str]:
                             "such as my_rule.py:MyRule")
     try:
         return str(Path(path)), name, Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:                          # ValueError: not UTF-8, or a path with a zero byte
+    except (OSError, ValueError) as e:                  # ValueError: not UTF-8, or a path with a zero byte
         reason = e.strerror if isinstance(e, OSError) and e.strerror else _line(e)
         raise RuleFileError(f"{path}: {reason}; expected a Python file with the class {name or 'of a rule'}") from e
 
@@ -91,7 +95,7 @@ def _source(text: str) -> tuple[str, str, str]:
 def _load(path: str, name: str, source: str) -> type[fa.Rule]:
     module = types.ModuleType(f"rule_{hashlib.sha256(f'{path}{source}'.encode()).hexdigest()[:8]}")
     module.__file__ = path
-    sys.modules[module.__name__] = module                       # deepcopy and dataclasses look a class's module up
+    sys.modules[module.__name__] = module               # deepcopy and dataclasses look a class's module up
     folder = str(Path(path).resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)                                 # the file may import its neighbours
@@ -110,7 +114,8 @@ def _load(path: str, name: str, source: str) -> type[fa.Rule]:
 
 
 def _try(rule: type[fa.Rule], path: str) -> None:
-    """One training step on a small network: strided and grouped convolutions, linear layers, finite errors."""
+    """One training step on a small network: strided and grouped convolutions, linear layers, finite
+    errors."""
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU(),

@@ -1,4 +1,5 @@
-"""harness/files.py: a file is whole or not there; a damaged one is refused in one line; nothing in it is run."""
+"""harness/files.py: a file is whole or not there; a damaged one is refused in one line; nothing in it is
+run."""
 import contextlib
 import errno
 import os
