@@ -540,7 +540,7 @@ def run(args: argparse.Namespace) -> int:
                         + f"; finished epochs are in {folder}" * bool(folder))
     except KeyboardInterrupt:
         return complain(f"stopped at once; finished epochs are in {folder}" if folder else "stopped before the run began", 130)
-    except Exception as e:                                      # of a rule out of anybody's file, or else it goes on
+    except (Exception, SystemExit) as e:                        # of a rule out of anybody's file, or else it goes on
         reason = rulefile.explain(e, args.rule)
         if reason is None:
             raise

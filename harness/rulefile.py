@@ -1,7 +1,7 @@
-"""A learning rule out of anybody's file: `--rule my_rule.py:MyRule`, with nothing to register and nothing to
+"""Spares the reader how a learning rule comes out of anybody's file, with nothing to register and nothing to
 fork.
 
-    # my_rule.py
+    # my_rule.py, for python train.py --rule my_rule.py:MyRule
     import fa
 
     class MyRule(fa.FA):
@@ -15,6 +15,7 @@ cheap then: whatever is wrong becomes one line that names the file, the line in 
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 import traceback
 import types
@@ -26,47 +27,48 @@ from torch import nn
 from torch.nn import functional as F
 
 import fa
+from harness import files
 
 
-class RuleFileError(ValueError):
+class RuleFileError(files.Problem):
     """One line: which file, which line in it, what is wrong, what was expected."""
 
-    def __init__(self, text: str):
-        super().__init__(" ".join(text.split()))                # a file's name may hold a line break
 
+def load(text: str, saves: bool = True) -> type[fa.Rule]:
+    """The class behind a name of fa.RULES, or behind FILE.py:CLASS. Raises RuleFileError.
 
-def load(text: str) -> type[fa.Rule]:
-    """The class behind a name of fa.RULES, or behind FILE.py:CLASS. Raises RuleFileError."""
-    if text in fa.RULES:
-        return fa.RULES[text]
-    path, name, source = _source(text)
-    return _load(path, name, source)
+    saves    what the rule keeps must fit into a checkpoint, or a run could not go on after an interruption
+    """
+    return fa.RULES[text] if text in fa.RULES else _load(*_source(text), saves)
 
 
 def name(text: str) -> str:
-    """What to call it: the name in fa.RULES, or file and class, as all of a course may call their class
-    MyRule."""
+    """What to call it: the name in fa.RULES, or file and class, as a whole course may call its classes MyRule."""
     path, _, name = text.rpartition(":")
     return f"{Path(path).stem}.{name}" if path else name
 
 
 def digest(text: str) -> str | None:
-    """Of the file, so that results of one version are not taken for another's; None for the project's own
-    rules."""
+    """Of the file, so that results of one version are not taken for another's; None for a name of fa.RULES."""
     return None if text in fa.RULES else hashlib.sha256(_source(text)[2].encode()).hexdigest()[:16]
 
 
 def make(rule: type[fa.Rule], seed: int, gain: float | None = None, orthogonal: bool = False) -> fa.Rule:
-    """An instance; a class with a constructor of its own need only take what is asked for. Raises
-    RuleFileError."""
-    asked: dict = {"seed": seed} | ({"gain": gain} if gain else {}) | ({"orthogonal": True} if orthogonal else {})
+    """An instance; a constructor of the class's own need only take what is asked for. Raises RuleFileError."""
+    asked: dict = {"seed": seed}
+    if gain:
+        asked["gain"] = gain
+    if orthogonal:
+        asked["orthogonal"] = True
     try:
         made = rule(**asked)
     except TypeError as e:
-        raise RuleFileError(f"{rule.__name__}({', '.join(f'{k}={v}' for k, v in asked.items())}) failed: {e}; expected an "
-                            "__init__(self, seed=0, ...), or none at all") from e
+        call = ", ".join(f"{key}={value}" for key, value in asked.items())
+        raise RuleFileError(f"{rule.__name__}({call}) failed: {e}; expected an __init__(self, seed=0, ...), or "
+                            "none at all") from e
     if not hasattr(made, "generator"):
-        raise RuleFileError(f"{rule.__name__}.__init__ does not call super().__init__(seed), which makes self.generator")
+        raise RuleFileError(f"{rule.__name__}.__init__ does not call super().__init__(seed), which makes "
+                            "self.generator")
     return made
 
 
@@ -82,17 +84,18 @@ def explain(error: BaseException, text: str) -> str | None:
 def _source(text: str) -> tuple[str, str, str]:
     path, _, name = text.rpartition(":")
     if not path:
-        raise RuleFileError(f"{text!r} is no rule: choose from {', '.join(fa.RULES)}, or name a class in a file of yours, "
-                            "such as my_rule.py:MyRule")
+        raise RuleFileError(f"{text!r} is no rule: choose from {', '.join(fa.RULES)}, or name a class in a "
+                            "file of yours, such as my_rule.py:MyRule")
     try:
         return str(Path(path)), name, Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:                  # ValueError: not UTF-8, or a path with a zero byte
         reason = e.strerror if isinstance(e, OSError) and e.strerror else _line(e)
-        raise RuleFileError(f"{path}: {reason}; expected a Python file with the class {name or 'of a rule'}") from e
+        what = f"the class {name}" if name else "the class of a rule"
+        raise RuleFileError(f"{path}: {reason}; expected a Python file with {what}") from e
 
 
 @cache
-def _load(path: str, name: str, source: str) -> type[fa.Rule]:
+def _load(path: str, name: str, source: str, saves: bool) -> type[fa.Rule]:
     module = types.ModuleType(f"rule_{hashlib.sha256(f'{path}{source}'.encode()).hexdigest()[:8]}")
     module.__file__ = path
     sys.modules[module.__name__] = module               # deepcopy and dataclasses look a class's module up
@@ -108,27 +111,32 @@ def _load(path: str, name: str, source: str) -> type[fa.Rule]:
         own = [k for k, v in vars(module).items()
                if isinstance(v, type) and issubclass(v, fa.Rule) and v.__module__ == module.__name__]
         what = f"has no class {name}" if rule is None else f"{name} is not a subclass of fa.Rule"
-        raise RuleFileError(f"{path}: {what}; expected one of: {', '.join(own) or 'class ' + (name or 'MyRule') + '(fa.FA)'}")
-    _try(rule, path)
+        expected = ", ".join(own) or f"class {name or 'MyRule'}(fa.FA)"
+        raise RuleFileError(f"{path}: {what}; expected one of: {expected}")
+    _try(rule, path, saves)
     return rule
 
 
-def _try(rule: type[fa.Rule], path: str) -> None:
+def _try(rule: type[fa.Rule], path: str, saves: bool) -> None:
     """One training step on a small network: strided and grouped convolutions, linear layers, finite
     errors."""
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU(),
-                              nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(96, 5), nn.ReLU(),
-                              nn.Linear(5, 3))
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(),
+                              nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU(),
+                              nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.Flatten(),
+                              nn.Linear(96, 5), nn.ReLU(), nn.Linear(5, 3))
         try:
             handle = fa.attach(model, make(rule, seed=0))
             for layer in handle.layers.values():
-                layer.register_full_backward_hook(lambda layer, sent, came: _finite(rule, path, layer, sent[0]))
+                layer.register_full_backward_hook(
+                    lambda layer, sent, came: _finite(rule, path, layer, sent[0]))
             for _ in range(2):
                 F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.tensor([0, 1, 2, 0])).backward()
                 handle.before_step()
                 model.zero_grad()
+            if saves:
+                _save(handle.rule, path)
             handle.remove()
         except RuleFileError as e:
             text = str(e)
@@ -136,14 +144,28 @@ def _try(rule: type[fa.Rule], path: str) -> None:
         except fa.RuleError as e:
             raise RuleFileError(_line(e)) from e
         except (Exception, SystemExit) as e:                    # it is anybody's code
-            raise RuleFileError(_place(e, path) or f"{path}: {rule.__name__}: {type(e).__name__}: {_line(e)}") from e
+            what = f"{path}: {rule.__name__}: {type(e).__name__}: {_line(e)}"
+            raise RuleFileError(_place(e, path) or what) from e
+
+
+def _save(rule: fa.Rule, path: str) -> None:
+    for name, value in rule.state_dict().items():
+        try:
+            file = io.BytesIO()
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)                 # as a checkpoint is read
+        except Exception as e:                                  # pickle has no class for all that it refuses
+            raise RuleFileError(f"{path}: self.{name} of {type(rule).__name__} cannot be saved in a checkpoint; "
+                                "expected tensors, numbers, texts, and lists or dictionaries of them; give it a "
+                                "name that begins with _ or override state_dict") from e
 
 
 def _finite(rule: type[fa.Rule], path: str, layer: nn.Module, sent: torch.Tensor | None) -> None:
     if sent is not None and not sent.isfinite().all():
         line = rule.backward.__code__.co_firstlineno
-        raise RuleFileError(f"{path}, line {line}: {rule.__name__}.backward returned NaN or infinity for {layer}, whose own "
-                            "error was finite; expected finite numbers")
+        raise RuleFileError(f"{path}, line {line}: {rule.__name__}.backward returned NaN or infinity for {layer}, "
+                            "whose own error was finite; expected finite numbers")
 
 
 def _place(error: BaseException, path: str) -> str | None:

@@ -10,6 +10,8 @@ import torch
 import data
 from harness import files
 
+NAMES = [f"class {i}" for i in range(100)]
+
 
 def test_gratings_are_made_from_the_seed():
     a, b, c = data.gratings(200, 50), data.gratings(200, 50), data.gratings(200, 50, seed=1)
@@ -121,6 +123,25 @@ def test_the_digest_changes_with_anything_and_is_the_same_everywhere():
 
 
 PINNED = "b621c4a1608ed547"
+
+
+def pictures(n, seed=0):
+    return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def good():
+    """A part of CIFAR-100, as a file of the cache holds it."""
+    return {"train_images": pictures(4), "train_labels": torch.tensor([0, 1, 2, 99]),
+            "test_images": pictures(2, 1), "test_labels": torch.tensor([0, 1]), "classes": list(NAMES)}
+
+
+def test_a_data_set_is_loaded_by_its_name(tmp_path):
+    torch.save(good(), tmp_path / "cifar100.pt")
+    dataset = data.load("cifar100", tmp_path)
+    assert {tuple(map(int, (image.sum(), label))) for image, label in zip(*dataset[:2])} == {
+        tuple(map(int, (image.sum(), label))) for image, label in zip(pictures(4), [0, 1, 2, 99])}
+    assert dataset.test_images.shape == (2, 3, 32, 32) and dataset.classes == NAMES
+    assert data.digest(data.load("gratings", tmp_path)) == data.digest(data.gratings())
 
 
 def test_a_lesson_needs_nothing_but_torch_and_loads_what_is_asked_for(tmp_path):

@@ -24,13 +24,13 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT
+from test_data import NAMES, good, pictures
 from test_files import RunsCode
 
 from harness import cache, files
 
 COUNTS = {"train": 20, "test": 10}
 CIFAR100 = torchvision.datasets.CIFAR100
-NAMES = [f"class {i}" for i in range(100)]
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -344,15 +344,6 @@ def test_a_full_disk(archive, tmp_path, size):
 
 
 # ---- what a cache may hold ---------------------------------------------------------------------------------
-
-def pictures(n, seed=0):
-    return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def good():
-    return {"train_images": pictures(4), "train_labels": torch.tensor([0, 1, 2, 99]),
-            "test_images": pictures(2, 1), "test_labels": torch.tensor([0, 1]), "classes": list(NAMES)}
-
 
 def twice(c, count):
     """`count` of 200 test images are training images."""
