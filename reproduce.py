@@ -31,10 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-import data
 import options
 import report
-import rulefile
+from harness import cache, rulefile
 import runs
 import train
 
@@ -179,7 +178,7 @@ def jobs(experiment: Experiment, seeds: int, changes: list[str], version: int | 
 
 
 def key(args: dict, version: int) -> str:
-    if args["dataset"] not in data.CIFAR:
+    if args["dataset"] not in cache.CIFAR:
         version = max(version, REORDERED)
     chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None and v is not False}   # flags of later days
     if args.get("amp_reason") == "as asked":                    # an experiment about precision
@@ -330,14 +329,14 @@ def shown(job: Job, done: dict[str, dict]) -> dict:
 
 def table(experiment: Experiment, lines: list[dict]) -> str:
     """The experiment's table, and under it what a reader has to know of the images."""
-    notes = dict.fromkeys(note for line in lines if line["args"]["dataset"] in data.CIFAR for note in remarks(line))
+    notes = dict.fromkeys(note for line in lines if line["args"]["dataset"] in cache.CIFAR for note in remarks(line))
     return report.VIEWS[experiment.view].table(experiment, lines) + "\n\n" * bool(notes) + " ".join(notes)
 
 
 def remarks(line: dict) -> list[str]:
     """On a result with CIFAR. Version 1 did not write down what it saw; its CIFAR-10 was a copy of 25,000 training images."""
     name, old = line["args"]["dataset"], line["version"] < REORDERED
-    whole = data.CIFAR[name].most["train"] * len(data.CIFAR[name].classes)
+    whole = cache.CIFAR[name].train * cache.CIFAR[name].classes
     count = line.get("data", {}).get("train_images", 25_000 if old and name == "cifar10" else whole)
     part = f"From a copy that has {count:,} of the {whole:,} training images of {name.replace('cifar', 'CIFAR-')}."
     return ["Version 1, another order of images."] * old + [part] * (count < whole)

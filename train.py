@@ -32,7 +32,7 @@ import fa
 import models
 import muon
 import rank
-from harness import flags, graph, parallel, recorder, rulefile, session
+from harness import files, flags, graph, parallel, recorder, rulefile, session
 
 
 class Trainer:
@@ -88,7 +88,8 @@ class Trainer:
 
     def step(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step on the chosen images: loss, how many were classified correctly, `session.largest`; all on the device."""
-        images, labels = data.batch(self.images, self.labels, chosen, self.generator, self.flip, parallel.place())
+        batch = data.batch(self.images, self.labels, chosen, self.generator, self.flip)
+        images, labels = (parallel.share(part) for part in batch)   # of several processes each takes its part
         with self.autocast():
             logits = self.network(self.normalise(images))
         loss = F.cross_entropy(logits.float(), labels)
@@ -115,7 +116,10 @@ def load(args: argparse.Namespace) -> data.Dataset:
     """What the arguments ask for. Raises files.Problem."""
     dataset = data.load(args.dataset, args.data, args.image_size or 32)
     if args.validate:
-        dataset = data.hold_out(dataset, args.validate)
+        try:
+            dataset = data.hold_out(dataset, args.validate)
+        except ValueError as e:
+            raise files.Problem(f"--validate {args.validate}: {e}") from e
     flags.check(args, len(dataset.train_images), parallel.size())
     return dataset
 
