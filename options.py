@@ -18,7 +18,7 @@ import data
 import fa
 import models
 import norm
-import parallel
+from harness import parallel
 import rulefile
 import runs
 

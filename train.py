@@ -39,14 +39,13 @@ from tqdm import tqdm
 
 import data
 import fa
-import intervene
 import models
 import muon
-import parallel
 import rank
 import rulefile
 import runs
 import speed
+from harness import parallel, recorder
 from options import VERSION, computes_bf16, fixed, parse, settings
 
 DIVERGED = 3                    # exit status
@@ -70,7 +69,7 @@ class Trainer:
         self.data_count = len(dataset.train_images) + (args.validate or 0)      # all that are there, trained on or not
         device = args.device
         self.train_images, self.train_labels = (t[:args.subset].to(device) for t in dataset[:2])
-        share = slice(parallel.rank(), None, parallel.size())                   # of several processes each tests a part
+        share = slice(parallel.index(), None, parallel.size())                   # of several processes each tests a part
         self.test_images, self.test_labels = (t[share].to(device) for t in dataset[2:4])
         self.test_count = len(dataset.test_images)
         self.normalise = data.Normalise(self.train_images)
@@ -86,12 +85,12 @@ class Trainer:
         chosen = rulefile.load(args.rule)
         self.handle = fa.attach(self.model, rulefile.make(chosen, args.seed, args.feedback_gain, args.feedback_orthogonal))
 
-        self.parallel = parallel.wrap(self.model, self.reached() if parallel.size() > 1 else set())
+        self.parallel = parallel.wrap(self.model, self.normalise(self.train_images[:2]), self.train_labels[:2])
 
         hidden, others = muon.split(self.model)
-        # intervene.py: an experiment upon the hidden updates, the same weights that Muon would have
-        change = intervene.flatten if args.flatten else partial(intervene.cut, r=args.cut) if args.cut else None
-        self.intervention = partial(intervene.updates, hidden, change) if change else contextlib.nullcontext
+        # rank.py: an experiment upon the hidden updates, the same weights that Muon would have
+        change = rank.flatten if args.flatten else partial(rank.cut, r=args.cut) if args.cut else None
+        self.intervention = partial(rank.updates, hidden, change) if change else contextlib.nullcontext
         if not args.muon:
             hidden, others = [], list(self.model.parameters())
         # What a CUDA graph repeats must find its learning rate in a tensor, which SGD takes there only in its fused form.
@@ -102,8 +101,8 @@ class Trainer:
         self.optimisers = [(sgd, args.lr)]
         if hidden:
             decay = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
-            divide = parallel.size() > 1
-            self.optimisers.insert(0, (muon.Muon(hidden, rate(args.muon_lr), weight_decay=decay, divide=divide,
+            kind = parallel.Muon if parallel.size() > 1 else muon.Muon
+            self.optimisers.insert(0, (kind(hidden, rate(args.muon_lr), weight_decay=decay,
                                                  dtype=muon_dtype(device)), args.muon_lr))
         each_in_one(self.model, [optimiser for optimiser, _ in self.optimisers])
         self.repeat = speed.Graphed(self.descend, self.generator) if args.graph else self.descend
@@ -113,22 +112,14 @@ class Trainer:
         self.total_steps = args.epochs * self.steps_per_epoch
         self.recorder = self.trajectory = None
         if args.rank:
-            self.recorder = rank.Recorder(self.model, self.handle, self.normalise(self.train_images[:512]),
+            self.recorder = recorder.Recorder(self.model, self.handle, self.normalise(self.train_images[:512]),
                                           self.train_labels[:512])
-            self.trajectory = rank.Trajectory(self.model)
+            self.trajectory = recorder.Trajectory(self.model)
 
     def forward(self, images: Tensor, model: torch.nn.Module | None = None) -> Tensor:
         """uint8 images -> logits."""
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
             return (model or self.model)(self.normalise(images))
-
-    def reached(self) -> set[str]:
-        """Names of the parameters that a backward pass gives a gradient; leaves no trace."""
-        with rank.undisturbed(self.model):
-            self.model.train()
-            self.model.zero_grad()
-            F.cross_entropy(self.model(self.normalise(self.train_images[:2])), self.train_labels[:2]).backward()
-            return {name for name, p in self.model.named_parameters() if p.grad is not None}
 
     def update(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step on the chosen training images: loss, how many were classified right, `largest()`; all on the device."""
@@ -149,7 +140,7 @@ class Trainer:
     def descend(self, chosen: Tensor, watch_update: bool = False, add_row: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The part of a step that is the same every time."""
         images, labels = data.batch(self.train_images, self.train_labels, chosen, self.generator, self.flip,
-                                    (parallel.rank(), parallel.size()))
+                                    (parallel.index(), parallel.size()))
         logits = self.forward(images, self.parallel)
         loss = F.cross_entropy(logits.float(), labels)
         self.model.zero_grad()
@@ -194,7 +185,7 @@ class Trainer:
         often = 20 if self.args.device.type == "cuda" else 1                    # reading a number makes a GPU wait
         self.begun = None
         for chosen in tqdm(steps[len(losses):], label, len(steps), initial=len(losses), leave=False, unit="step",
-                           disable=parallel.rank() > 0 or None):
+                           disable=parallel.index() > 0 or None):
             loss, correct, sizes = self.update(chosen)
             losses.append(loss)
             largest.append(sizes)
@@ -432,7 +423,7 @@ def end(log: Log, began: float) -> int:
 
 def begin(args: argparse.Namespace, trainer: Trainer, held: contextlib.ExitStack) -> Log:
     """Make the run's folder, or open the one to go on with; it is ours until `held` closes. Raises RunError."""
-    speaks = parallel.rank() == 0
+    speaks = parallel.index() == 0
     parts = [rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm),
              Path(args.dataset).resolve().name, args.model, f"s{args.seed}"]
     if args.resume and speaks:
@@ -493,7 +484,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def load(args: argparse.Namespace) -> data.Dataset:
     """What the arguments ask for. Raises DataError."""
-    with parallel.first_alone():                                # one process downloads, and the others find it done
+    if True:
         dataset = data.load(args.dataset, args.data, args.image_size or 32)
     if args.validate:
         dataset = data.hold_out(dataset, args.validate)
@@ -512,7 +503,7 @@ def load(args: argparse.Namespace) -> data.Dataset:
 def run(args: argparse.Namespace) -> int:
     """From arguments to exit status, in one process; the first of several speaks for all."""
     def complain(reason: object, status: int = 2) -> int:
-        if parallel.rank() == 0:
+        if parallel.index() == 0:
             print(f"train.py: {reason}", file=sys.stderr)
         return status
 
