@@ -11,9 +11,7 @@ import models
 import muon
 
 needs_reference = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no torch.optim.Muon")
-LARGE = [(64, 128), (64, 128), (128, 64), (100, 100), (48, 300)]
-SMALL = [(10, 300), (300, 10), (1, 5), (16, 72), (16, 72)]
-SHAPES = LARGE + SMALL
+SHAPES = [(64, 128), (64, 128), (128, 64), (100, 100), (48, 300), (10, 300), (300, 10), (1, 5), (16, 72), (16, 72)]
 
 
 def parameters(shapes, device="cpu"):
@@ -41,33 +39,10 @@ def test_equals_torchs_muon(kwargs, device):
         a.step()
         b.step()
         for p, q in zip(ours, reference):
-            if device.type == "cpu" and min(p.shape) >= 48:
-                assert torch.equal(p, q)                        # stacking changes no bit
-            else:       # tiny ones, and a GPU's: torch adds the bf16 products of a batch in another order
+            if device.type == "cpu":
+                assert torch.equal(p, q)
+            else:                           # a GPU adds the bf16 products of a batch in another order
                 assert (p - q).abs().max() < 0.02 * kwargs["lr"] * (step + 1) * max(1, p.shape[0] / p.shape[1]) ** 0.5
-
-
-@needs_reference
-def test_large_matrices_equal_torchs_muon():
-    """Those that go alone on a CPU, a quarter of X Xᵀ copied: wide, tall, and of an odd number of rows."""
-    ours, theirs = parameters([(512, 2304), (2304, 512), (513, 2100)]), parameters([(512, 2304), (2304, 512), (513, 2100)])
-    assert all(muon._large(p) for p in ours)
-    a, b = muon.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0)
-    for step in range(2):
-        give_gradients(ours, theirs, step=step)
-        a.step()
-        b.step()
-    for p, q in zip(ours, theirs):
-        assert torch.allclose(p, q, rtol=0, atol=2e-3) and ((p - q).norm() / q.norm()) < 1e-4
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 3), (7, 9), (9, 7), (8, 20)], ids=str)
-def test_a_matrix_alone_is_the_same_as_in_a_stack(shape, monkeypatch):
-    torch.manual_seed(0)
-    M = torch.randn(shape, dtype=torch.float64)
-    stacked = muon.newton_schulz(M[None], dtype=torch.float64)[0]
-    monkeypatch.setattr(muon, "LARGE", 0)
-    assert muon._large(M) and torch.allclose(muon.newton_schulz(M, dtype=torch.float64), stacked, rtol=1e-12, atol=1e-12)
 
 
 @needs_reference
@@ -166,6 +141,22 @@ def test_optimiser_manners():
             group["lr"] *= 0.8
         last = optimiser.step(closure)
     assert last < 0.1 * first
+
+
+def test_a_subclass_may_orthogonalise_otherwise():
+    """What harness/parallel.py and an experiment of yours rest upon: matrices go in, and what comes out is applied."""
+    class BySVD(muon.Muon):
+        def orthogonalise(self, updates, group):
+            assert [tuple(U.shape) for U in updates] == [(6, 18), (5, 4)]
+            return [P @ Qh for P, _, Qh in (torch.linalg.svd(U, full_matrices=False) for U in updates)]
+
+    ps = parameters([(6, 2, 3, 3), (5, 4)])
+    before = [p.detach().clone() for p in ps]
+    give_gradients(ps)
+    BySVD(ps, lr=0.1).step()
+    for p, was, scale in zip(ps, before, (1, (5 / 4) ** 0.5)):
+        step = torch.linalg.svdvals((was - p.detach()).flatten(1))
+        assert torch.allclose(step, torch.full_like(step, 0.1 * scale), atol=1e-5)
 
 
 @pytest.mark.parametrize("kwargs", [dict(lr=-1), dict(lr=float("nan")), dict(lr=float("inf")), dict(momentum=1),

@@ -1,15 +1,9 @@
-"""rank.py against matrices whose answer is known by hand, and an SVD."""
-import functools
-import json
+"""rank.py: the measures, against matrices whose answer is known by hand, and an SVD; cut and flatten, against an SVD."""
 import math
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-import fa
-import models
 import muon
 import rank
 
@@ -88,168 +82,67 @@ def test_mean_cosine():
     assert rank.mean_cosine(rows) == pytest.approx((1 + 0 + 0) / 3)
 
 
-# ---- the recorder ------------------------------------------------------------------------------------------------
+# ---- cut and flatten -----------------------------------------------------------------------------------------
 
-def small(norm="batch"):
+SHAPES = [(12, 30), (30, 12), (16, 16)]
+
+
+def made(m, n):
     torch.manual_seed(0)
-    model = models.cnn(norm=norm, width=4, size=8)
-    handle = fa.attach(model, fa.FA(seed=0))
-    return model, handle, torch.randn(20, 3, 8, 8), torch.randint(10, (20,))
+    return torch.randn(m, n) @ torch.logspace(0, -2, n).diag()
 
 
-def test_the_recorder_measures_what_autograd_computes():
-    model, handle, x, labels = small()
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    errors, inputs = {}, {}
-
-    def watch(layer, args, y, name):
-        inputs[name] = args[0].detach()
-        y.register_hook(lambda g: errors.__setitem__(name, g))
-
-    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(watch, name=name)) for name in names]
-    F.cross_entropy(model(x), labels).backward()
-    for hook in hooks:
-        hook.remove()
-    with handle.exact():
-        true = torch.autograd.grad(F.cross_entropy(model(x), labels), [model.get_submodule(n).weight for n in names])
-    record = rank.Recorder(model, handle, x, labels).measure()
-    assert list(record) == names
-    for name, exact in zip(names, true):
-        layer, line = model.get_submodule(name), record[name]
-        for kind, tensor in {"error": errors[name], "gradient": layer.weight.grad, "activation": inputs[name]}.items():
-            assert line[kind]["effective_rank"] == pytest.approx(rank.effective_rank(tensor.flatten(1)), rel=1e-3)
-            assert line[kind]["stable_rank"] == pytest.approx(rank.stable_rank(tensor.flatten(1)), rel=1e-3)
-            assert line[kind]["ceiling"] == min(tensor.flatten(1).shape)
-        assert line["spectrum"][0] == 1 and len(line["spectrum"]) <= len(rank.Recorder.SPECTRUM)
-        assert line["cosine"] == pytest.approx(rank.mean_cosine(inputs[name].flatten(1)))
-        assert line["angle_gradient"] == pytest.approx(rank.angle(layer.weight.grad, exact), abs=0.05)
-        if name != names[0]:
-            assert line["angle_weight"] == rank.angle(layer.weight, layer.feedback)
-    assert record["classifier"]["angle_gradient"] < 0.05 and record["layers.1"]["angle_gradient"] > 30
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("r", [1, 3, 12, 100])
+def test_cut_is_the_nearest_matrix_of_that_rank_of_the_same_norm(shape, r):
+    M = made(*shape)
+    P, sigma, Qt = torch.linalg.svd(M.double(), full_matrices=False)
+    nearest = P[:, :r] @ sigma[:r].diag() @ Qt[:r]                              # Eckart & Young 1936
+    result = rank.cut(M, r)
+    assert torch.linalg.matrix_rank(result, rtol=1e-5) == min(r, *shape)
+    assert torch.allclose(result.double(), nearest * (M.norm() / nearest.norm()), atol=1e-5)
+    assert result.norm() == pytest.approx(M.norm().item(), rel=1e-5)
 
 
-class Odd(nn.Module):
-    """A layer that never runs, one that gets its input by name, a frozen stem, and attention, which calls no out_proj."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.unused, self.named = nn.Linear(6, 8), nn.Linear(3, 3), nn.Linear(8, 8)
-        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 1)
-        self.stem.requires_grad_(False)
-
-    def forward(self, x):
-        h = self.named(input=self.stem(x).relu())
-        return self.head(self.attention(h, h, h)[0].mean(1))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_flatten_keeps_singular_vectors_and_norm_and_nothing_else(shape):
+    M = made(*shape)
+    P, _, Qt = torch.linalg.svd(M.double(), full_matrices=False)
+    k = min(shape)
+    assert torch.allclose(rank.flatten(M).double(), P @ Qt * (M.double().norm() / k ** 0.5), atol=1e-4)
+    assert rank.effective_rank(rank.flatten(M)) == pytest.approx(k, rel=1e-4)
 
 
-def test_the_recorder_records_what_ran_by_the_loss_of_the_training():
-    torch.manual_seed(0)
-    model, x, targets = Odd(), torch.randn(5, 4, 6), torch.randn(5, 1)
-    record = rank.Recorder(model, fa.attach(model, fa.RULES["bp"]()), x, targets, F.mse_loss).measure()
-    assert list(record) == ["stem", "named", "head"]
-    F.mse_loss(model(x), targets).backward()
-    exact = rank.effective_rank(model.named.weight.grad)
-    assert record["named"]["gradient"]["effective_rank"] == pytest.approx(exact, rel=1e-3)
-    error = 2 / 5 * (model(x) - targets).detach()               # of the mean of 5 squares
-    assert record["head"]["error"]["stable_rank"] == pytest.approx(rank.stable_rank(error))
-    assert record["stem"]["gradient"]["effective_rank"] == 0    # its weight is not trained
-    json.dumps(record, allow_nan=False)
+def test_flatten_is_muon_but_for_the_length():
+    M = made(40, 90)
+    orthogonal = muon.newton_schulz(M, steps=12, dtype=torch.float64)           # its singular values stay in [0.68, 1.13]
+    assert rank.angle(rank.flatten(M), orthogonal) < 12
 
 
-def test_the_recorder_leaves_no_trace():
-    model, handle, x, labels = small()
-    model.eval()
-    model.norms[0].train()
-    F.cross_entropy(model(x), labels).backward()
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    gradients = [(p.grad, p.grad.clone()) for p in model.parameters()]
-    modes, generator = [m.training for m in model.modules()], torch.get_rng_state()
-    rank.Recorder(model, handle, x, labels).measure()
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert all(p.grad is g and torch.equal(g, copy) for p, (g, copy) in zip(model.parameters(), gradients))
-    assert modes == [m.training for m in model.modules()] and torch.equal(generator, torch.get_rng_state())
-    assert all(len(m._forward_hooks) == 0 for m in model.modules())
+@pytest.mark.parametrize("change", [rank.flatten, lambda u: rank.cut(u, 2)])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_what_has_no_singular_values_passes(change, value):
+    M = torch.full((4, 6), value)
+    assert torch.equal(change(M).nan_to_num(), M.nan_to_num())
 
 
-def test_the_update_is_the_one_that_was_applied():
-    model, handle, x, labels = small()
-    recorder = rank.Recorder(model, handle, x, labels)
-    assert "update" not in recorder.measure()["layers.1"]
-    hidden, _ = muon.split(model)
-    optimiser = muon.Muon(hidden, lr=0.1)
-    F.cross_entropy(model(x), labels).backward()
-    before = model.layers[1].weight.detach().clone()
-    with recorder.watch_update():
-        optimiser.step()
-    expected = rank.effective_rank((model.layers[1].weight.detach() - before).flatten(1))
-    update = recorder.measure()["layers.1"]["update"]
-    assert update["effective_rank"] == pytest.approx(expected) and expected > 7.5       # of 8: Muon's is nearly full
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+                                  lambda p: muon.Muon(p, 0.1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_update_of_any_optimiser_is_replaced(make, layout):
+    def weights():
+        torch.manual_seed(0)
+        return torch.nn.Parameter(torch.randn(6, 4, 3, 3).to(memory_format=layout)), torch.nn.Parameter(torch.randn(5, 6))
 
-
-def test_an_overflow_is_recorded_as_none():
-    model, handle, x, labels = small(norm=None)
-    with torch.no_grad():
-        model.classifier.weight.fill_(math.inf)
-    record = rank.Recorder(model, handle, x, labels).measure()
-    assert record["classifier"]["error"] is None and record["classifier"]["angle_gradient"] is None
-    json.dumps(record, allow_nan=False)
-
-
-@pytest.mark.parametrize("true_rank", [3, 30, None])
-def test_the_sketch_changes_the_measured_rank_by_less_than_5_percent(true_rank):
-    """200 gradients of 60,000 weights, once exactly and once sketched to 8192 numbers."""
-    model = nn.Sequential(nn.Linear(300, 200, bias=False))
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(200, 60_000, generator=generator)
-    if true_rank:
-        rows = torch.randn(200, true_rank, generator=generator) @ rows[:true_rank]
-    exact, sketched = rank.Trajectory(model, size=60_000), rank.Trajectory(model, size=8192)
-    for row in rows:
-        model[0].weight.grad = row.view(200, 300)
-        exact.add()
-        sketched.add()
-    a, b = exact.ranks(), sketched.ranks()
-    assert a["0"]["effective_rank"] == pytest.approx(rank.effective_rank(rows), rel=1e-4)
-    assert a["0"]["window"] == pytest.approx(rank.effective_rank(rows[-50:]), rel=1e-4)
-    for key in ("effective_rank", "window"):
-        assert b["0"][key] == pytest.approx(a["0"][key], rel=0.05) and b["0"][key] != a["0"][key]
-        assert b["all layers"][key] == pytest.approx(a["0"][key], rel=0.05)
-    assert sketched.rows["0"][0].numel() == 8192 and b["0"]["rows"] == 200
-
-
-def test_the_picture_and_its_errors(tmp_path, capsys, monkeypatch):
-    model, handle, x, labels = small()
-    recorder, trajectory = rank.Recorder(model, handle, x, labels), rank.Trajectory(model)
-    F.cross_entropy(model(x), labels).backward()
-    lines = []
-    for epoch in range(3):
-        lines.append({"epoch": epoch, "layers": recorder.measure(), "trajectory": trajectory.ranks()})
-        trajectory.add()
-    for line in lines[1:]:                                      # an overflow leaves a gap, not an error
-        line["layers"]["layers.3"].update(gradient=None, error=None, spectrum=[], angle_gradient=None)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"args": {"rule": "fa", "muon": name == "b", "norm": None}}))
-        (tmp_path / name / "rank.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    picture = tmp_path / "rank.png"
-    assert rank.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(picture)]) == 0
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-    labels = []
-    monkeypatch.setattr(rank, "draw", lambda path, runs: labels.append([label for label, _ in runs]))
-    (tmp_path / "c").symlink_to(tmp_path / "a")
-    for name in ("alice", "bob"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "rank.jsonl").write_text((tmp_path / "a" / "rank.jsonl").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps({"args": {"rule": f"handed in/{name}.py:MyRule", "muon": False,
-                                                                          "norm": None}}))
-    assert rank.main([str(tmp_path / name) for name in "abc"]) == 0            # equal labels are told apart by the folder
-    assert rank.main([str(tmp_path / "alice"), str(tmp_path / "bob")]) == 0
-    assert labels == [["fa + no norm (a)", "fa + muon + no norm", "fa + no norm (c)"],
-                      ["alice.MyRule + no norm", "bob.MyRule + no norm"]]
-    monkeypatch.undo()
-    capsys.readouterr()
-    for wrong in ([str(tmp_path)], [str(tmp_path / "a")] * 8, [str(tmp_path / "a"), "--out", str(tmp_path / "no" / "x.png")],
-                  [str(tmp_path / "a"), "--out", str(tmp_path / "x.docx")]):
-        assert rank.main(wrong) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("rank.py: ") and err.count("\n") == 1
+    plain, changed = weights(), weights()
+    for params in (plain, changed):
+        for p in params:
+            p.grad = torch.ones_like(p) + p.detach() ** 2
+    was = [p.detach().clone() for p in plain]
+    make(plain).step()
+    with rank.updates(changed[:1], lambda u: rank.cut(u, 2)):
+        make(changed).step()
+    wanted = rank.cut((plain[0].detach() - was[0]).flatten(1), 2).view_as(was[0])
+    assert torch.allclose(changed[0], was[0] + wanted, atol=1e-6)
+    assert not torch.allclose(changed[0], plain[0], atol=1e-3) and torch.equal(changed[1], plain[1])    # only what was named
+    assert changed[0].stride() == plain[0].stride()

@@ -1,5 +1,4 @@
 """Two processes train as one would: the same weights, and only one of them speaks and writes."""
-import contextlib
 import json
 import os
 import subprocess
@@ -11,15 +10,16 @@ from conftest import ROOT
 
 import data
 import norm
-import parallel
 import train
+from harness import parallel
 
 # Run by two processes under torchrun, and by one alone: a few steps in float64 for each case, to a file a case.
 WORKER = """
 import sys
 import torch
 sys.path.insert(0, {root!r})
-import data, fa, muon, parallel, train
+import data, fa, muon, train
+from harness import parallel
 from torch.nn import functional as F
 
 cases, folder = sys.argv[2:], sys.argv[1]
@@ -39,7 +39,7 @@ for number, case in enumerate(cases):
                 group["dtype"] = torch.float64
     lines = [trainer.epoch("") for _ in range(2)]
     accuracy = trainer.test()
-    if parallel.rank() == 0:
+    if parallel.index() == 0:
         torch.save({{"model": trainer.model.state_dict(), "loss": [line["train_loss"] for line in lines],
                     "accuracy": [line["train_accuracy"] for line in lines] + [accuracy]}}, f"{{folder}}/{{number}}.pt")
     weights = torch.cat([p.flatten() for p in trainer.model.state_dict().values() if p.is_floating_point()])
@@ -49,7 +49,7 @@ parallel.stop()
 parallel.leave(0)
 """
 CASES = ["--rule fa --norm", "--rule fa --muon --norm whiten", "--rule kp --muon", "--rule dfa --norm layer",
-         "--rule frozen --norm --model mlp", "--rule bp --norm --model resnet18 --width 8", "--rule sign --rank"]
+         "--rule frozen --norm --model mlp --weight-decay 0.1", "--rule bp --norm --model resnet18 --width 8", "--rule sign --rank"]
 
 
 def launch(tmp_path, *command, processes):
@@ -93,7 +93,6 @@ def test_only_one_process_speaks_and_writes(tmp_path):
 def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "size", lambda: 2)
-    monkeypatch.setattr(parallel, "first_alone", contextlib.nullcontext)
     assert train.main(["--batch-size", "33", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == "train.py: a batch of 33 images cannot be divided among 2 processes\n"
     assert not (tmp_path / "runs").exists()
@@ -113,7 +112,8 @@ def test_parts_of_a_batch_are_the_batch():
 
 def test_one_process_alone_needs_none_of_it():
     v = torch.randn(3)
-    assert not parallel.asked() and parallel.size() == 1 and parallel.rank() == 0 and norm.over_processes(v) is v
+    assert not parallel.asked() and parallel.size() == 1 and parallel.index() == 0
     assert parallel.total(v) is v and torch.equal(parallel.mean(v), v)
     model = torch.nn.Linear(2, 2)
-    assert parallel.wrap(model, set()) is model
+    assert parallel.wrap(model, v, v) is model and parallel.leave(3) == 3
+    assert parallel.place() == (0, 1) and torch.equal(parallel.share(v), v)
