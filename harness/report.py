@@ -511,20 +511,12 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
             if recorded:
                 ranks: list = [[hidden_error_rank(line) for line in cell] for cell in cells]
                 means = [statistics.mean(r) if r and None not in r else math.nan for r in ranks]
-                grid[1, j].plot(positions, means, **style)
+                # Where no error arrives there is no rank: the curve has a gap, and the place a mark of its own.
+                grid[1, j].plot(positions, [height or math.nan for height in means], **style)
                 for x in [x for x, height in zip(positions, means) if height == 0]:
-                    grid[1, j].plot(
-                        x, 0, "o", markersize=9, markerfacecolor="white", color=colour(label), clip_on=False
-                    )
-                    grid[1, j].annotate(
-                        "no error arrives:\nzero, not collapsed",
-                        (x, 0),
-                        xytext=(0, 9),
-                        ha="center",
-                        textcoords="offset points",
-                        fontsize=9,
-                        color=colour(label),
-                    )
+                    grid[1, j].plot(x, 0, "o", markerfacecolor="white", color=colour(label), clip_on=False)
+                    grid[1, j].annotate("no error arrives:\nzero, not collapsed", (x, 0), xytext=(0, 9), ha="center",
+                                        textcoords="offset points", fontsize=10, color=colour(label))
         grid[0, j].axhline(min(chance(line) for line in lines), color="#999999", linewidth=1, linestyle=":")
         grid[0, j].set_title(panel)
     for ax in grid.flat:

@@ -112,6 +112,8 @@ def test_no_error_is_not_taken_for_a_collapse(tmp_path, monkeypatch):
     report.draw_sweep(tmp_path / "picture.png", one, [silent, collapsed])
     (note,) = drawn[0].axes[1].texts
     assert "no error arrives" in note.get_text() and note.xy == (2.0, 0)
+    zero, one_direction = drawn[0].axes[1].lines[0].get_ydata()
+    assert math.isnan(zero) and one_direction == 1
 
 
 def figures(monkeypatch):
