@@ -51,7 +51,7 @@ def test_the_gpu_that_is_chosen_is_the_current_one(asked, number, card):
 
 def test_under_torchrun_every_process_takes_its_own_gpu(card, monkeypatch):
     current = card()
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert flags.parse(["--device", "cuda"]).device == torch.device("cuda", 1) == current[-1]
     started = []
@@ -271,9 +271,10 @@ def test_what_belongs_to_the_device_is_not_taken_from_a_checkpoint(there):
 
 def test_batch_norm_over_gpus_is_torchs_own(monkeypatch):
     called = []
-    monkeypatch.setattr(norm, "processes", lambda: 4)
-    monkeypatch.setattr(norm.SyncBatchNorm, "apply", lambda *args: called.append(args) or args[0])
-    layer, x = norm.BatchNorm(3), types.SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(parallel, "size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.SyncBatchNorm, "apply", lambda *args: called.append(args) or args[0])
+    layer, x = parallel.BatchNorm(3), types.SimpleNamespace(is_cuda=True)
     assert layer(x) is x
     (args,) = called
     assert args[1] is layer.weight and args[3] is layer.running_mean and args[5:7] == (layer.eps, layer.momentum)
