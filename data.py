@@ -45,7 +45,8 @@ def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset
     if name == "gratings":
         return gratings()
     from harness import cache, folder       # this file alone is enough for gratings and batches
-    return Dataset(**(cache.cifar(name, root) if name in NAMES else folder.images(name, size)))
+    content = cache.cifar(name, root) if name in NAMES else folder.images(name, size)
+    return Dataset(**content)
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:

@@ -70,9 +70,9 @@ def test_augment_is_a_crop_and_a_mirror(device):
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     kinds = set()
     for i in range(n):
+        row = {False: out[i, 0, 16], True: out[i, 0, 16].flip(0)}               # mirrored back
         matches = [(dy, dx, flip) for dy in range(9) for dx in range(9) for flip in (False, True)
-                   if (padded[i, 0, dy + 16, dx:dx + 32].flip(0) if flip else padded[i, 0, dy + 16, dx:dx + 32])
-                   .equal(out[i, 0, 16])]
+                   if torch.equal(padded[i, 0, dy + 16, dx:dx + 32], row[flip])]
         assert len(matches) == 1
         dy, dx, flip = matches[0]
         crop = padded[i, :, dy:dy + 32, dx:dx + 32]

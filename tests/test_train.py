@@ -31,7 +31,7 @@ def small_gratings(monkeypatch, tmp_path):
 def made_cifar100(folder, n=96):
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    names = data.CIFAR["cifar100"].classes
+    names = [f"class {i}" for i in range(100)]
     part = lambda n: (torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(n) % 100)
     torch.save(dict(zip(data.Dataset._fields, (*part(n), *part(32), names))), folder / "cifar100.pt")
     return folder

@@ -237,7 +237,7 @@ def test_a_bad_download_is_refused_and_the_next_run_tries_again(archive, tmp_pat
     if fault == "interrupted":
         archive.server.promised = len(raw)
     archive.path.write_bytes(raw[:5000] if fault == "interrupted" else raw[:-1] + b"?")
-    message = failing(tmp_path / "data", "cannot get cifar100 from http://127.0.0.1")
+    message = failing(tmp_path / "data", "cannot download cifar100 from http://127.0.0.1")
     assert "or put cifar-100-python.tar.gz or cifar100.pt into " in message
     assert not (tmp_path / "data" / "cifar100.pt").exists() and archive.server.requests == 2
     archive.server.promised = None
@@ -247,7 +247,7 @@ def test_a_bad_download_is_refused_and_the_next_run_tries_again(archive, tmp_pat
 
 def test_no_network_and_no_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    failing(tmp_path, "cannot get cifar100 from http://127.0.0.1:9/.*Connection refused")
+    failing(tmp_path, "cannot download cifar100 from http://127.0.0.1:9/.*Connection refused")
     assert not listing(tmp_path)
 
 
@@ -321,9 +321,9 @@ def test_a_part_of_the_set_is_taken_and_said(tmp_path, capsys):
 def test_a_pickle_is_not_opened_before_its_checksum_was_right(archive, tmp_path, monkeypatch, member):
     marker, root = tmp_path / "marker", tmp_path / "data"
     known = archive.pack({**archive.members, member: pickle.dumps(RunsCode(marker))})
-    failing(root, "cannot get .*corrupt")                       # another archive
+    failing(root, "cannot download .*corrupt")                       # another archive
     monkeypatch.setattr(CIFAR100, "tgz_md5", known["tgz_md5"])
-    failing(root, "cannot get .*corrupt")                       # as if the archive's MD5 had been forged, too
+    failing(root, "cannot download .*corrupt")                       # as if the archive's MD5 had been forged, too
     assert not marker.exists() and not (root / "cifar100.pt").exists()
     for key, value in known.items():
         monkeypatch.setattr(CIFAR100, key, value)

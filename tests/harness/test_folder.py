@@ -190,8 +190,8 @@ FAULTS = {
                         "has no images to test on"),
     "unreadable": (lambda tree: [(tree / f"train/ant/0000{i}.png").write_bytes(b"no image") for i in (0, 3)],
                    "cannot be read as images: train/ant/00000.png, train/ant/00003.png; mend"),
-    "test images trained on": (lambda tree: [shutil.copy(tree / "train/cow/00005.png", tree / "test/cow" / name)
-                                             for name in ("00002.png", "00005.png")],
+    "test images trained on": (lambda tree: [shutil.copy(tree / "train/cow/00005.png", tree / name)
+                                             for name in ("test/cow/00002.png", "test/cow/00005.png")],
                                "2 of its 6 test images are training images too, bit for bit: "
                                "test/cow/00002.png, test/cow/00005.png"),
     "all images the same": (lambda tree: [Image.new("RGB", (40, 30)).save(path)
