@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
 import norm
 import parallel
 import train
