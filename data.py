@@ -45,7 +45,8 @@ def load(name: str, root: str | os.PathLike = "data", size: int = 32) -> Dataset
     if name == "gratings":
         return gratings()
     from harness import cache, folder       # this file alone is enough for gratings and batches
-    return Dataset(**(cache.cifar(name, root) if name in NAMES else folder.images(name, size)))
+    content = cache.cifar(name, root) if name in NAMES else folder.images(name, size)
+    return Dataset(**content)
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
@@ -79,7 +80,7 @@ def gratings(train: int = 5000, test: int = 1000, seed: int = 0, noise: float = 
     """Oriented coloured gratings, 32×32, 10 classes: class k is stripes at 18k ± 6 degrees.
 
     Frequency (3 to 7 periods an image), phase, both colours and the noise are drawn anew for each image, so
-    no pixel and no colour tells the class. `noise` is the standard deviation of white noise, of 255 grey levels.
+    no pixel and no colour tells the class. `noise` is the standard deviation of white noise, in grey levels.
     """
     generator = torch.Generator().manual_seed(seed)
     n = train + test
@@ -90,7 +91,8 @@ def gratings(train: int = 5000, test: int = 1000, seed: int = 0, noise: float = 
     labels = torch.randint(10, (n,), generator=generator)
     angle = torch.deg2rad(18.0 * labels + uniform(-6, 6))
     along = torch.stack([angle.cos(), angle.sin()], 1)                          # (n, 2), across the stripes
-    place = torch.stack(torch.meshgrid(*[torch.arange(32) / 32] * 2, indexing="xy"))   # (2, 32, 32), in images
+    side = torch.arange(32) / 32                                                # in images
+    place = torch.stack(torch.meshgrid(side, side, indexing="xy"))              # (2, 32, 32)
     periods = torch.einsum("nd,dhw->nhw", along, place) * uniform(3, 7, 1, 1)
     wave = torch.sin(2 * torch.pi * (periods + uniform(0, 1, 1, 1)))[:, None]   # (n, 1, 32, 32) in [-1, 1]
     mean, amplitude = uniform(90, 165, 3, 1, 1), uniform(-60, 60, 3, 1, 1)      # colours: mean ± amplitude
@@ -121,7 +123,7 @@ class Normalise:
 def augment(images: Tensor, generator: torch.Generator, flip: bool = True, pad: int = 4) -> Tensor:
     """Move each image by up to `pad` pixels each way (black comes in) and mirror half of them, left to right.
 
-    (N, C, H, W) in, the same shape and dtype out, in channels_last memory. `generator` is on the images' device.
+    (N, C, H, W) in, the same shape and dtype out, in channels_last memory. `generator` is on their device.
     """
     n, _, height, width = images.shape
     device = images.device

@@ -84,8 +84,8 @@ def _official(name: str, root: Path) -> dict:
         train, test = kind(root, train=True, download=True), kind(root, train=False)
     except (OSError, http.client.HTTPException, RuntimeError) as e:
         reason = str(e) or type(e).__name__
-        raise files.Problem(f"cannot get {name} from {kind.url}: {reason}; run the same command again later, or "
-                            f"put {kind.filename} or {name}.pt into {root}") from e
+        raise files.Problem(f"cannot download {name} from {kind.url}: {reason}; run the same command again "
+                            f"later, or put {kind.filename} or {name}.pt into {root}") from e
     finally:
         socket.setdefaulttimeout(timeout)
     content = {"classes": list(train.classes)}

@@ -68,7 +68,8 @@ def images(folder: str | os.PathLike, size: int = 32) -> dict:
                 _keep(path, {**content, "stamp": stamp})
             return content
     except OSError as e:                                    # such as a folder that only others may write to
-        print(f"cannot lock {path}: {e.strerror or e}; the next run decodes the images again", file=sys.stderr)
+        reason = e.strerror or e
+        print(f"cannot lock {path}: {reason}; the next run decodes the images again", file=sys.stderr)
     return made()
 
 
@@ -122,13 +123,14 @@ def _listing(folder: Path) -> tuple[list[str], Files, Files]:
             test = Visible(part, is_valid_file=usable, allow_empty=True)
             named = [(path, test.classes[label]) for path, label in test.samples]
     except (OSError, ValueError) as e:
-        raise files.Problem(f"{folder} is no data set: {e}; expected train/ and test/ (or val/) in it, and there "
-                            f"a folder for each class, with images ({types})") from e
+        raise files.Problem(f"{folder} is no data set: {e}; expected train/ and test/ (or val/) in it, and "
+                            f"in each a folder of images ({types}) for each class") from e
     if skipped:
         counts = ", ".join(f"{count} {end}" for end, count in skipped.most_common())
         print(f"{folder}: files that are left out: {counts}; images are {types}", file=sys.stderr)
     if len(train.classes) < 2:
-        raise files.Problem(f"{folder}/train has one class only, {some(train.classes)}; two are needed to tell apart")
+        only = some(train.classes)
+        raise files.Problem(f"{folder}/train has one class only, {only}: there is nothing to tell apart")
     unknown = sorted({name for _, name in named} - set(train.classes))
     if unknown:
         raise files.Problem(f"the test images of {folder} are of classes that train/ lacks: {some(unknown)}")
@@ -169,6 +171,7 @@ def _decode(folder: Path, listed: Files, size: int) -> tuple[Tensor, Tensor]:
         done = pool.map(decode, range(len(listed)))
         list(tqdm(done, "decoding", len(listed), leave=False, disable=None, unit="image"))
     if unreadable:
-        raise files.Problem(f"{folder} holds files that cannot be read as images: {some(sorted(unreadable))}; mend "
-                            "or delete them")
+        names = some(sorted(unreadable))
+        raise files.Problem(f"{folder} holds files that cannot be read as images: {names}; mend or "
+                            "delete them")
     return decoded, torch.tensor([label for _, label in listed])

@@ -43,18 +43,18 @@ def load(text: str, saves: bool = True) -> type[fa.Rule]:
 
 
 def name(text: str) -> str:
-    """What to call it: the name in fa.RULES, or file and class, as a whole course may call its classes MyRule."""
+    """What to call it: the name in fa.RULES, or file and class, as a course may have many a MyRule."""
     path, _, name = text.rpartition(":")
     return f"{Path(path).stem}.{name}" if path else name
 
 
 def digest(text: str) -> str | None:
-    """Of the file, so that results of one version are not taken for another's; None for a name of fa.RULES."""
+    """Of the file, so that one version's results are not taken for another's; None for the rules of fa.py."""
     return None if text in fa.RULES else hashlib.sha256(_source(text)[2].encode()).hexdigest()[:16]
 
 
 def make(rule: type[fa.Rule], seed: int, gain: float | None = None, orthogonal: bool = False) -> fa.Rule:
-    """An instance; a constructor of the class's own need only take what is asked for. Raises RuleFileError."""
+    """An instance. A constructor need only take what is asked for, and `seed`. Raises RuleFileError."""
     asked: dict = {"seed": seed}
     if gain:
         asked["gain"] = gain
@@ -64,8 +64,8 @@ def make(rule: type[fa.Rule], seed: int, gain: float | None = None, orthogonal: 
         made = rule(**asked)
     except TypeError as e:
         call = ", ".join(f"{key}={value}" for key, value in asked.items())
-        raise RuleFileError(f"{rule.__name__}({call}) failed: {e}; expected an __init__(self, seed=0, ...), or "
-                            "none at all") from e
+        raise RuleFileError(f"{rule.__name__}({call}) failed: {e}; expected an __init__(self, seed=0, ...), "
+                            "or none at all") from e
     if not hasattr(made, "generator"):
         raise RuleFileError(f"{rule.__name__}.__init__ does not call super().__init__(seed), which makes "
                             "self.generator")
@@ -156,16 +156,16 @@ def _save(rule: fa.Rule, path: str) -> None:
             file.seek(0)
             torch.load(file, weights_only=True)                 # as a checkpoint is read
         except Exception as e:                                  # pickle has no class for all that it refuses
-            raise RuleFileError(f"{path}: self.{name} of {type(rule).__name__} cannot be saved in a checkpoint; "
-                                "expected tensors, numbers, texts, and lists or dictionaries of them; give it a "
-                                "name that begins with _ or override state_dict") from e
+            raise RuleFileError(f"{path}: self.{name} of {type(rule).__name__} cannot be saved in a "
+                                "checkpoint; expected tensors, numbers, texts, and lists or dictionaries of "
+                                "them; give it a name that begins with _ or override state_dict") from e
 
 
 def _finite(rule: type[fa.Rule], path: str, layer: nn.Module, sent: torch.Tensor | None) -> None:
     if sent is not None and not sent.isfinite().all():
         line = rule.backward.__code__.co_firstlineno
-        raise RuleFileError(f"{path}, line {line}: {rule.__name__}.backward returned NaN or infinity for {layer}, "
-                            "whose own error was finite; expected finite numbers")
+        raise RuleFileError(f"{path}, line {line}: {rule.__name__}.backward returned NaN or infinity for "
+                            f"{layer}, whose own error was finite; expected finite numbers")
 
 
 def _place(error: BaseException, path: str) -> str | None:

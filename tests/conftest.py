@@ -26,13 +26,14 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def only_the_device_asked_for(request, monkeypatch):
-    """A test that does not take `device` runs on the CPU, and its processes too, also where there is a GPU."""
+    """A test that does not take `device` runs on the CPU, and its processes too, also where there is a
+    GPU."""
     if "device" not in request.fixturenames:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-# ---- the grader: tests/grader.py checks each rule that --rule names in a process of its own ---------------
+# ---- the grader: tests/grader.py checks each rule that --rule names in a process of its own ----------------
 
 def pytest_addoption(parser):
     parser.addoption("--rule", action="append", default=[], metavar="FILE.py:CLASS",
@@ -55,7 +56,8 @@ def pytest_configure(config):
 
 
 def chosen(config) -> list[str]:
-    """The rules to check. A pattern becomes the files that it matches; what matches nothing is kept, to be named as missing."""
+    """The rules to check. A pattern becomes the files that it matches; what matches nothing is kept, to be
+    named as missing."""
     rules = []
     for text in config.getoption("--rule"):
         path, colon, name = text.rpartition(":")

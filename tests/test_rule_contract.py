@@ -135,13 +135,13 @@ def rule(submitted):
     return watched(submitted, types.SimpleNamespace()) if changes(submitted) else submitted
 
 
-# ---- the properties --------------------------------------------------------------------------------------------
+# ---- the properties ----------------------------------------------------------------------------------------
 
 def test_shapes_and_dtypes(rule):
     """sends an error of the right shape and dtype through linear, strided and grouped convolutions"""
     for dtype in (torch.float64, torch.float32):
         model, x, labels, handle = attached(rule, dtype=dtype)
-        got = gradients(model, x, labels)                       # fa.py itself refuses a wrong shape, dtype or device
+        got = gradients(model, x, labels)               # fa.py itself refuses a wrong shape, dtype or device
         for name, g in got.items():
             expect(g is None or g.dtype == dtype, f"the gradient of {name} has {g is not None and g.dtype}, expected {dtype}")
 

@@ -68,11 +68,13 @@ class Archive:
 
     def __init__(self, folder: Path):
         generator = np.random.default_rng(0)
-        self.pixels = {part: generator.integers(0, 256, (n, 3072), dtype=np.uint8) for part, n in COUNTS.items()}
-        content = {part: {"data": self.pixels[part], "fine_labels": list(range(n))} for part, n in COUNTS.items()}
-        self.members = {name: pickle.dumps(value) for name, value in {**content, "meta": {"fine_label_names": NAMES}}.items()}
+        self.pixels, self.members = {}, {"meta": pickle.dumps({"fine_label_names": NAMES})}
+        for part, n in COUNTS.items():
+            self.pixels[part] = generator.integers(0, 256, (n, 3072), dtype=np.uint8)
+            self.members[part] = pickle.dumps({"data": self.pixels[part], "fine_labels": list(range(n))})
         self.path = folder / "cifar-100-python.tar.gz"
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+        handler = functools.partial(Handler, directory=folder)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.requests, self.server.failures, self.server.damaged, self.server.promised = 0, 0, 0, None
         self.server.halfway, self.server.go_on = threading.Semaphore(0), threading.Event()
         self.server.go_on.set()
@@ -147,8 +149,9 @@ def listing(folder):
     return sorted(str(path.relative_to(folder)) for path in paths)
 
 
+# What a download leaves; torchvision's own files may serve other programs too.
 BESIDE = ["cifar-100-python", "cifar-100-python.tar.gz",
-          *(f"cifar-100-python/{name}" for name in ("meta", "test", "train")), "cifar100.pt"]     # torchvision's own files may serve other programs too
+          *(f"cifar-100-python/{name}" for name in ("meta", "test", "train")), "cifar100.pt"]
 
 
 def digests(images):
@@ -203,7 +206,7 @@ def test_a_killed_process_blocks_nobody_and_leaves_nothing_half(archive, tmp_pat
         archive.server.go_on.set()
     assert process.wait(60) == -signal.SIGKILL and not (root / "cifar100.pt").exists()
     assert len(load(root)["train_images"]) == 20 and listing(root) == BESIDE
-    assert archive.server.requests == (4 if moment == "download" else 2)    # what was verified is not sent again
+    assert archive.server.requests == (4 if moment == "download" else 2)     # what is verified stays
 
 
 def test_a_cache_is_read_where_nothing_can_be_written_or_locked(archive, tmp_path, monkeypatch):
@@ -234,7 +237,7 @@ def test_a_bad_download_is_refused_and_the_next_run_tries_again(archive, tmp_pat
     if fault == "interrupted":
         archive.server.promised = len(raw)
     archive.path.write_bytes(raw[:5000] if fault == "interrupted" else raw[:-1] + b"?")
-    message = failing(tmp_path / "data", "cannot get cifar100 from http://127.0.0.1")
+    message = failing(tmp_path / "data", "cannot download cifar100 from http://127.0.0.1")
     assert "or put cifar-100-python.tar.gz or cifar100.pt into " in message
     assert not (tmp_path / "data" / "cifar100.pt").exists() and archive.server.requests == 2
     archive.server.promised = None
@@ -244,7 +247,7 @@ def test_a_bad_download_is_refused_and_the_next_run_tries_again(archive, tmp_pat
 
 def test_no_network_and_no_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    failing(tmp_path, "cannot get cifar100 from http://127.0.0.1:9/.*Connection refused")
+    failing(tmp_path, "cannot download cifar100 from http://127.0.0.1:9/.*Connection refused")
     assert not listing(tmp_path)
 
 
@@ -291,11 +294,13 @@ def test_the_order_depends_on_the_images_alone(tmp_path):
         order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
         test = [seed % 2, 1 - seed % 2]
         torch.save({**content, "train_images": content["train_images"][order],
-                    "train_labels": content["train_labels"][order], "test_images": content["test_images"][test],
-                    "test_labels": content["test_labels"][test]}, tmp_path / "cifar100.pt")
+                    "train_labels": content["train_labels"][order],
+                    "test_images": content["test_images"][test], "test_labels": content["test_labels"][test]},
+                   tmp_path / "cifar100.pt")
         got = load(tmp_path)
         first = first or got
-        assert same(got, first) and torch.equal(got["train_images"], content["train_images"][got["train_labels"]])
+        assert same(got, first)
+        assert torch.equal(got["train_images"], content["train_images"][got["train_labels"]])
     assert sorted(digests(got["train_images"].numpy())) == digests(got["train_images"].numpy())
 
 
@@ -316,9 +321,9 @@ def test_a_part_of_the_set_is_taken_and_said(tmp_path, capsys):
 def test_a_pickle_is_not_opened_before_its_checksum_was_right(archive, tmp_path, monkeypatch, member):
     marker, root = tmp_path / "marker", tmp_path / "data"
     known = archive.pack({**archive.members, member: pickle.dumps(RunsCode(marker))})
-    failing(root, "cannot get .*corrupt")                       # another archive
+    failing(root, "cannot download .*corrupt")                       # another archive
     monkeypatch.setattr(CIFAR100, "tgz_md5", known["tgz_md5"])
-    failing(root, "cannot get .*corrupt")                       # as if the archive's MD5 had been forged, too
+    failing(root, "cannot download .*corrupt")                       # as if the archive's MD5 had been forged, too
     assert not marker.exists() and not (root / "cifar100.pt").exists()
     for key, value in known.items():
         monkeypatch.setattr(CIFAR100, key, value)
@@ -331,8 +336,8 @@ def test_a_pickle_is_not_opened_before_its_checksum_was_right(archive, tmp_path,
 def test_a_full_disk(archive, tmp_path, size):
     root = tmp_path / "full"
     root.mkdir()
-    mount = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", root],
-                                                     capture_output=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", root]
+    mount = shutil.which("mount") and subprocess.run(command, capture_output=True)
     if not mount or mount.returncode:
         pytest.skip("only root may mount a small file system")
     try:
@@ -361,7 +366,7 @@ WRONG = {
     "a key missing": (lambda c: c.pop("classes") and c, "must be a dict"),
     "a key too many": (lambda c: {**c, "extra": 1}, "must be a dict"),
     "float images": (lambda c: {**c, "train_images": c["train_images"].float()}, "must be uint8"),
-    "other size": (lambda c: {**c, "test_images": torch.zeros(2, 3, 28, 28, dtype=torch.uint8)}, "must be uint8"),
+    "other size": (lambda c: {**c, "test_images": c["test_images"][..., 4:, 4:]}, "must be uint8"),
     "no tensor": (lambda c: {**c, "test_images": None}, "must be uint8"),
     "sparse images": (lambda c: {**c, "test_images": c["test_images"].to_sparse()}, "must be uint8"),
     "images without memory": (lambda c: {**c, "test_images": c["test_images"].to("meta")}, "must be uint8"),
@@ -369,16 +374,24 @@ WRONG = {
     "a label missing": (lambda c: {**c, "train_labels": c["train_labels"][1:]}, "one for each image"),
     "label too large": (lambda c: {**c, "test_labels": torch.tensor([0, 100])}, "from 0 to 99"),
     "negative label": (lambda c: {**c, "test_labels": torch.tensor([0, -1])}, "from 0 to 99"),
-    "no images": (lambda c: {**c, "test_images": c["test_images"][:0], "test_labels": c["test_labels"][:0]}, "from 0 to 99"),
-    "cifar10": (lambda c: {**c, "classes": ["cat\nfish", *"abcdefghi"]}, r"has 10 classes, 'cat\nfish', a, b, c, d and 5 more"),
+    "no images": (lambda c: {**c, "test_images": c["test_images"][:0], "test_labels": c["test_labels"][:0]},
+                  "from 0 to 99"),
+    "cifar10": (lambda c: {**c, "classes": ["cat\nfish", *"abcdefghi"]},
+                r"has 10 classes, 'cat\nfish', a, b, c, d and 5 more"),
     "classes no list": (lambda c: {**c, "classes": "apple"}, "must be a list of names"),
-    "all black": (lambda c: {**c, "train_images": torch.zeros_like(c["train_images"])}, "its 4 train images are all the same"),
-    "one test image": (lambda c: {**c, "test_images": c["test_images"][:1].repeat(2, 1, 1, 1)}, "its 2 test images are all"),
-    "too many of a class": (lambda c: of_one_class(c, "train", 501), "it has 501 train images of one class, of 500"),
-    "too many to test": (lambda c: of_one_class(c, "test", 101), "it has 101 test images of one class, of 100"),
+    "all black": (lambda c: {**c, "train_images": c["train_images"] * 0},
+                  "its 4 train images are all the same"),
+    "one test image": (lambda c: {**c, "test_images": c["test_images"][[0, 0]]},
+                       "its 2 test images are all the same"),
+    "too many of a class": (lambda c: of_one_class(c, "train", 501),
+                            "it has 501 train images of one class, of 500"),
+    "too many to test": (lambda c: of_one_class(c, "test", 101),
+                         "it has 101 test images of one class, of 100"),
     "test images trained on": (lambda c: twice(c, 3),
-                               "3 of its 200 test images are training images too, bit for bit: number 5, number 6, number 7;"),
-    "few images, all trained on": (lambda c: {**c, "test_images": c["train_images"][2:]}, "2 of its 2 test images"),
+                               "3 of its 200 test images are training images too, bit for bit: number 5, "
+                               "number 6, number 7;"),
+    "few images, all trained on": (lambda c: {**c, "test_images": c["train_images"][2:]},
+                                   "2 of its 2 test images"),
 }
 
 
@@ -393,7 +406,8 @@ def test_a_cache_of_something_else_is_refused_and_kept(tmp_path, wrong):
     assert (tmp_path / "cifar100.pt").read_bytes() == raw
 
 
-@pytest.mark.parametrize("correct", [lambda c: c, lambda c: twice(c, 2), lambda c: of_one_class(c, "train", 500),
+@pytest.mark.parametrize("correct", [lambda c: c, lambda c: twice(c, 2),
+                                     lambda c: of_one_class(c, "train", 500),
                                    lambda c: of_one_class(c, "test", 100)])
 def test_a_cache_that_may_be_a_part_of_the_real_set_is_read(tmp_path, correct):
     """CIFAR-100 itself has one test image in a thousand among its training images."""

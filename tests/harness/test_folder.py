@@ -1,4 +1,5 @@
-"""harness/folder.py: the images and labels that were written, in a stable order, decoded once, and every fault named."""
+"""harness/folder.py: the images and labels that were written, in a stable order, decoded once, and every
+fault named."""
 import errno
 import fcntl
 import os
@@ -25,7 +26,8 @@ def made(classes=("ant", "bee", "cow"), count=12, size=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for part, n in (("train", count), ("test", count // 2)):
-        parts[f"{part}_images"] = torch.randint(256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+        shape = (n, 3, size, size)
+        parts[f"{part}_images"] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         parts[f"{part}_labels"] = torch.arange(n) % len(classes)
     return {**parts, "classes": list(classes)}
 
@@ -69,9 +71,10 @@ def test_decoded_once_and_again_when_the_folder_has_changed(tree, decoded):
     images(tree)
     images(tree / ".." / "my images")
     assert len(decoded) == 2
-    for number, change in enumerate([lambda: os.utime(tree / "train/ant/00000.png", (1, 1)),
-                                     lambda: (tree / "train/ant/00003.png").unlink(),
-                                     lambda: (tree / "test/ant/00000.png").rename(tree / "test/bee/00000.png")]):
+    changes = (lambda: os.utime(tree / "train/ant/00000.png", (1, 1)),
+               lambda: (tree / "train/ant/00003.png").unlink(),
+               lambda: (tree / "test/ant/00000.png").rename(tree / "test/bee/00000.png"))
+    for number, change in enumerate(changes):
         change()
         for _ in range(2):
             content = images(tree)
@@ -107,19 +110,21 @@ def test_16_bits_of_grey_are_scaled_to_8(tree, order):
     assert Image.open(tree / name).mode.startswith("I;16")
     image = images(tree)["train_images"][0].float()
     assert abs(image.mean() - 119) < 1
-    assert torch.allclose(image, torch.from_numpy(pixels.astype("f4")).expand(3, 32, 32) * 255 / 65535, atol=1)
+    expected = torch.from_numpy(pixels.astype("f4")) * 255 / 65535
+    assert torch.allclose(image, expected.expand(3, 32, 32), atol=1)
 
 
 def test_what_is_hidden_is_no_class_and_no_image(tree, capsys):
     before = images(tree)
-    for folder in ("train/.ipynb_checkpoints", "test/.ipynb_checkpoints", "train/ant/.ipynb_checkpoints"):
-        shutil.copytree(tree / "train/bee", tree / folder)
+    for place in ("train", "test", "train/ant"):
+        shutil.copytree(tree / "train/bee", tree / place / ".ipynb_checkpoints")
     (tree / "train/ant/._00000.png").write_bytes(b"what a Mac leaves")
     assert same(images(tree), before) and capsys.readouterr().err == ""
 
 
 def test_files_of_other_types_are_counted_in_one_line(tree, capsys):
-    for name in ("train/ant/1.jfif", "train/ant/2.JFIF", "test/cow/deep/3.heic", "train/bee/4.jfif", "train/bee/README"):
+    for name in ("train/ant/1.jfif", "train/ant/2.JFIF", "test/cow/deep/3.heic", "train/bee/4.jfif",
+                 "train/bee/README"):
         (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).write_bytes(b"")
     for _ in range(2):                                          # also when the images are there already
@@ -134,7 +139,8 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
     for name in names:
         (tiny / "train" / name / "images").mkdir(parents=True)
         for i in range(3):
-            Image.new("RGB", (64, 64), (10 * i, 0, 0)).save(tiny / "train" / name / "images" / f"{name}_{i}.JPEG")
+            path = tiny / "train" / name / "images" / f"{name}_{i}.JPEG"
+            Image.new("RGB", (64, 64), (10 * i, 0, 0)).save(path)
         (tiny / "train" / name / f"{name}_boxes.txt").write_text("boxes\n")
     for part in ("val", "test"):
         (tiny / part / "images").mkdir(parents=True)
@@ -146,7 +152,8 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
     assert dataset["classes"] == names and dataset["train_labels"].tolist() == [0, 1, 0, 1, 0, 1]
     assert dataset["test_labels"].tolist() == [1, 0] and dataset["test_images"][1, 1].float().mean() > 90
     annotations = tiny / "val" / "val_annotations.txt"
-    annotations.write_text(annotations.read_text().replace(names[1], names[0]))         # other labels, the same images
+    # the same images under other labels
+    annotations.write_text(annotations.read_text().replace(names[1], names[0]))
     assert images(tiny, size=64)["test_labels"].tolist() == [0, 0]
     annotations.write_text("val_0.JPEG\tn00000000\t0\t32\t44\t62\n")
     with pytest.raises(files.Problem, match="are of classes that train/ lacks: n00000000"):
@@ -159,35 +166,40 @@ def nothing(tree):
 
 
 FAULTS = {
-    "no folder": (lambda tree: tree.rename(tree.with_name("gone")), "is no data set: [Errno 2] No such file or directory"),
-    "no test": (lambda tree: (tree / "test").rename(tree / "later"), "my images/val'; expected train/ and test/ (or val/) in it"),
+    "no folder": (lambda tree: tree.rename(tree.with_name("gone")), "is no data set: [Errno 2] No such file"),
+    "no test": (lambda tree: (tree / "test").rename(tree / "later"),
+                "my images/val'; expected train/ and test/ (or val/) in it"),
     "no train": (lambda tree: (tree / "train").rename(tree / "later"), "my images/train'; expected train/"),
     "empty": (nothing, "Found no valid file for the classes ant, bee, cow"),
     "an empty class": (lambda tree: [p.unlink() for p in (tree / "train/bee").iterdir()],
                        "Found no valid file for the classes bee"),
     "no class": (lambda tree: [(tree / "train" / name).rename(tree / name) for name in ("ant", "bee", "cow")],
                  "Couldn't find any class folder in"),
-    "one class": (lambda tree: [(tree / part / name).rename(tree / f"{part}{name}") for part in ("train", "test")
-                                for name in ("ant", "bee")], "has one class only, cow; two are needed"),
+    "one class": (lambda tree: [(tree / part / name).rename(tree / f"{part}{name}")
+                                for part in ("train", "test") for name in ("ant", "bee")],
+                  "has one class only, cow: there is nothing"),
     "a link to nowhere": (lambda tree: (tree / "train/ant/x.png").symlink_to("gone"),
                           "train/ant/x.png: No such file or directory; mend or delete it"),
     "integers of any range": (lambda tree: Image.new("I", (40, 30)).save(tree / "test/cow/00002.tiff"),
                               "cannot be read as images: test/cow/00002.tiff (its mode is I); mend"),
     "floats": (lambda tree: Image.new("F", (40, 30)).save(tree / "test/cow/00002.tiff"),
                "cannot be read as images: test/cow/00002.tiff (its mode is F); mend"),
-    "a class more in test": (lambda tree: (tree / "test/bee").rename(tree / "test/dog"), "are of classes that train/ lacks: dog"),
-    "nothing to test": (lambda tree: [p.unlink() for p in (tree / "test").rglob("*.png")], "has no images to test on"),
-    "unreadable": (lambda tree: [(tree / f"train/ant/{i:05}.png").write_bytes(b"no image") for i in (0, 3, 6)],
-                   "cannot be read as images: train/ant/00000.png, train/ant/00003.png, train/ant/00006.png; mend"),
-    "test images trained on": (lambda tree: [(tree / "test/cow" / name).write_bytes((tree / "train/cow/00005.png").read_bytes())
-                                             for name in ("00002.png", "00005.png")],
-                               "2 of its 6 test images are training images too, bit for bit: test/cow/00002.png, "
-                               "test/cow/00005.png"),
-    "all images the same": (lambda tree: [Image.new("RGB", (40, 30)).save(path) for path in (tree / "train").rglob("*.png")],
+    "a class more in test": (lambda tree: (tree / "test/bee").rename(tree / "test/dog"),
+                             "are of classes that train/ lacks: dog"),
+    "nothing to test": (lambda tree: [p.unlink() for p in (tree / "test").rglob("*.png")],
+                        "has no images to test on"),
+    "unreadable": (lambda tree: [(tree / f"train/ant/0000{i}.png").write_bytes(b"no image") for i in (0, 3)],
+                   "cannot be read as images: train/ant/00000.png, train/ant/00003.png; mend"),
+    "test images trained on": (lambda tree: [shutil.copy(tree / "train/cow/00005.png", tree / name)
+                                             for name in ("test/cow/00002.png", "test/cow/00005.png")],
+                               "2 of its 6 test images are training images too, bit for bit: "
+                               "test/cow/00002.png, test/cow/00005.png"),
+    "all images the same": (lambda tree: [Image.new("RGB", (40, 30)).save(path)
+                                          for path in (tree / "train").rglob("*.png")],
                             "its 12 train images are all the same"),
-    "a name of two lines": (lambda tree: (tree / "train/ant/00000.png").with_name("a\nb.png").write_bytes(b"no image"),
+    "a name of two lines": (lambda tree: (tree / "train/ant/a\nb.png").write_bytes(b"no image"),
                             r"cannot be read as images: 'train/ant/a\nb.png'; mend"),
-    "truncated": (lambda tree: (tree / "test/cow/00002.png").write_bytes((tree / "test/cow/00002.png").read_bytes()[:200]),
+    "truncated": (lambda tree: os.truncate(tree / "test/cow/00002.png", 200),
                   "cannot be read as images: test/cow/00002.png; mend"),
 }
 
@@ -225,7 +237,9 @@ def test_a_cache_that_cannot_be_kept_is_done_without(tree, monkeypatch, capsys, 
     os.utime(tree / "train/ant/00000.png", (1, 1))
 
     def fails(*_):
-        raise OSError(errno.ENOLCK, "No locks available") if what == "lock" else RuntimeError("unexpected pos\n64")
+        if what == "lock":
+            raise OSError(errno.ENOLCK, "No locks available")
+        raise RuntimeError("unexpected pos\n64")
 
     with monkeypatch.context() as patch:
         patch.setattr(*((fcntl, "flock") if what == "lock" else (torch, "save")), fails)
@@ -280,7 +294,7 @@ def test_of_two_processes_one_decodes_and_the_other_waits(tree, monkeypatch, dec
         came = waits.wait(60)
         process.communicate("\n\n", timeout=60)                # training images, test images
     assert came and process.returncode == (0 if end == "done" else -signal.SIGKILL)
-    assert len(decoded) == (0 if end == "done" else 2)          # what the other has made is used; half of it is not
+    assert len(decoded) == (0 if end == "done" else 2)  # what the other has made is used; half of it is not
     assert same(loaded.result(), made())
     images(tree)
     assert beside(tree) <= {"my images", "my images.32.pt"} and len(decoded) == (0 if end == "done" else 2)

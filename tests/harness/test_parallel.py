@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
 import norm
 import train
 from harness import parallel
@@ -96,18 +95,6 @@ def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path, monkeypatch, capsy
     assert train.main(["--batch-size", "33", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == "train.py: a batch of 33 images cannot be divided among 2 processes\n"
     assert not (tmp_path / "runs").exists()
-
-
-def test_parts_of_a_batch_are_the_batch():
-    images, labels = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24)
-    whole = list(data.batches(images, labels, 8, torch.Generator().manual_seed(0)))
-    parts = []
-    for k in range(4):
-        generator = torch.Generator().manual_seed(0)
-        parts.append([data.batch(images, labels, chosen, generator, share=(k, 4)) for chosen in data.indices(24, 8, generator)])
-    for i, (x, y) in enumerate(whole):
-        assert torch.equal(torch.cat([part[i][0] for part in parts]), x)
-        assert torch.equal(torch.cat([part[i][1] for part in parts]), y)
 
 
 def test_one_process_alone_needs_none_of_it():
