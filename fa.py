@@ -38,7 +38,6 @@ as F.linear(h, layer.weight.T) in a tied autoencoder, sends the error of that ot
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -46,7 +45,6 @@ import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -619,80 +617,6 @@ def _fit(model: nn.Module, state: dict, prefix: str, *_) -> None:
                 setattr(layer, key, buffer.new_empty(saved.shape))
 
 
-# ---- a demonstration -------------------------------------------------------------------------------------------
-
-def _angle(a: Tensor, b: Tensor) -> float:                # degrees, as in rank.py
-    cosine = nn.functional.cosine_similarity(a.detach().flatten().double(), b.detach().flatten().double(), dim=0)
-    return float(cosine.clamp(-1, 1).arccos().rad2deg())
-
-
-def demonstrate(out: Path | None = None) -> None:
-    """A student network learns a random teacher by feedback alignment. Watch W turn towards B."""
-    torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 10))
-    student = nn.Sequential(nn.Linear(30, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 10))
-    handle = attach(student, FA(seed=0))
-    optimiser = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
-    print("        loss   ∠(W, B) in degrees   ∠(FA's gradient, backprop's gradient)")
-    print("  step          layer 2  layer 3       layer 1  layer 2  layer 3")
-    history = []                                        # (step, loss, angles between weights, angles between gradients)
-    for step in range(3001):
-        x = torch.randn(128, 30)
-        loss = (student(x) - teacher(x).detach()).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        if step in (0, 10, 30, 100, 300) or step % 200 == 0:
-            ours = [layer.weight.grad.clone() for layer in student[::2]]
-            with handle.exact():                        # the same batch, the same weights, the true gradient
-                exact = torch.autograd.grad((student(x) - teacher(x)).square().mean(), [m.weight for m in student[::2]])
-            weights = [_angle(layer.weight, layer.feedback) for layer in student[2::2]]
-            gradients = [_angle(a, b) for a, b in zip(ours, exact)]
-            history.append((step, loss.item(), weights, gradients))
-        if step in (0, 30, 100, 300, 1000, 3000):
-            print(f"{step:6} {loss.item():6.3f}  {weights[0]:7.1f}  {weights[1]:7.1f}       "
-                  f"{gradients[0]:7.1f}  {gradients[1]:7.1f}  {gradients[2]:7.1f}")
-        optimiser.step()
-    print("The classifier's gradient (layer 3) is exact: FA changes the error below it. The angles below 90° are why FA works.")
-    if out:
-        _draw(out, history)
-        print(out)
-
-
-def _draw(out: Path, history: list[tuple]) -> None:
-    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    steps, losses, weights, gradients = zip(*history)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    colours = {1: "#E69F00", 2: "#0072B2", 3: "#009E73"}
-    left.plot(steps, losses, color="#000000", linewidth=2)
-    left.set(title="it learns", ylabel="loss", yscale="log")
-    for axes, angles, first in ((middle, weights, 2), (right, gradients, 1)):
-        for layer, curve in enumerate(zip(*angles), first):
-            axes.plot(steps, curve, color=colours[layer], linewidth=2, label=f"layer {layer}")
-        axes.axhline(90, color="#999999", linewidth=1, linestyle=":")           # unrelated directions
-        axes.set(ylim=(-3, 110), ylabel="degrees")
-    middle.set_title("as W turns towards B")
-    right.set_title("and FA's gradient towards backprop's")
-    for axes in (left, middle, right):
-        axes.set_xlabel("step")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="fa.py", description=demonstrate.__doc__)
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="save a picture too")
-    out = parser.parse_args().out
-    try:
-        demonstrate(out)
-    except (OSError, ValueError, ImportError) as e:             # a folder, a format, a matplotlib that is not there
-        reason = str(getattr(e, "strerror", None) or e).split()
-        parser.exit(2, f"{parser.prog}: --out {out}: {' '.join(reason)}\n")
-
-
 if __name__ == "__main__":
-    main()
+    from harness import lessons
+    lessons.main("fa")
