@@ -1,6 +1,6 @@
 """Spares the lessons their demonstrations: what `python fa.py`, muon.py, norm.py and rank.py print and draw.
 
-`main(name)` is what the last line of a lesson calls. `two_ways` and `gratings` draw the README's two pictures:
+The last line of a lesson calls `main(name)`. `two_ways` and `gratings` draw the README's two pictures:
 
     python -c "from harness import lessons; lessons.two_ways('results/two-ways.png')"
 """
@@ -31,7 +31,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="save a picture too, such as lesson.png")
     if name == "rank":
         parser.add_argument("runs", nargs="*", type=Path, metavar="RUN",
-                            help="instead, draw what these runs of train.py --rank recorded (to FILE, or rank.png)")
+                            help="instead, draw the ranks that these runs recorded (to FILE, or rank.png)")
     args = parser.parse_args(argv)
     try:
         if getattr(args, "runs", None):
@@ -43,7 +43,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
                 draw(args.out)
         if args.out:
             print(args.out)
-    except (files.Problem, OSError, ValueError, ImportError) as e:  # a folder, a format, a matplotlib that is not there
+    except (files.Problem, OSError, ValueError, ImportError) as e:      # a folder, a format, no matplotlib
         reason = " ".join(str(getattr(e, "strerror", None) or e).split())
         parser.exit(2, f"{parser.prog}: {reason}{f' ({args.out})' if isinstance(e, OSError) else ''}\n")
 
@@ -70,8 +70,8 @@ def feedback_alignment() -> Callable[[Path], None]:
 
 
 def learn(rule: str, say: bool = False) -> list[tuple[int, float, list[float], list[float]]]:
-    """Rows of (step, loss, ∠(W, B) of layers 2 and 3, ∠(the rule's gradient, backprop's) of layers 1 to 3)."""
-    torch.manual_seed(0)                                        # every rule has the same networks and the same data
+    """Rows of (step, loss, ∠(W, B) of layers 2 and 3, ∠(FA's gradient, backprop's) of layers 1 to 3)."""
+    torch.manual_seed(0)                                        # the same networks and data for every rule
     teacher = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 10))
     student = nn.Sequential(nn.Linear(30, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 10))
     layers = [student[0], student[2], student[4]]
@@ -86,8 +86,9 @@ def learn(rule: str, say: bool = False) -> list[tuple[int, float, list[float], l
         if step in (0, 1, 2, 3, 5, 10, 20, 30, 50, 100, 300) or step % 200 == 0:
             weights, gradients = [], []
             if rule == "fa":
-                with handle.exact():                            # the same batch, the same weights, the true gradient
-                    exact = torch.autograd.grad((student(x) - teacher(x)).square().mean(), [m.weight for m in layers])
+                with handle.exact():                            # same batch, same weights, true gradient
+                    true_loss = (student(x) - teacher(x)).square().mean()
+                    exact = torch.autograd.grad(true_loss, [layer.weight for layer in layers])
                 weights = [rank.angle(layer.weight, layer.feedback) for layer in layers[1:]]
                 gradients = [rank.angle(layer.weight.grad, g) for layer, g in zip(layers, exact)]
             history.append((step, loss.item(), weights, gradients))
@@ -105,7 +106,8 @@ def draw_alignment(path: Path, history: list[tuple], others: dict[str, list[tupl
     for label, rows in {"FA": history, **others}.items():
         steps = [place(row[0]) for row in rows]
         left.plot(steps, [row[1] for row in rows], color=report.colour(label), linewidth=2)
-        name_end(left, label.replace(" features", "\nhidden\nlayers"), steps[-1], rows[-1][1], report.colour(label))
+        name = label.replace(" features", "\nhidden\nlayers")
+        name_end(left, name, steps[-1], rows[-1][1], report.colour(label))
     left.set(title="FA learns, and not by its classifier alone", ylabel="loss", yscale="log")
     steps = [place(row[0]) for row in history]
     for panel, column, first in ((middle, 2, 2), (right, 3, 1)):
@@ -127,8 +129,8 @@ def draw_alignment(path: Path, history: list[tuple], others: dict[str, list[tupl
 
 def name_end(panel: Any, name: str, x: float, y: float, colour: str) -> None:
     """A curve's name, to the right of its end."""
-    panel.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", va="center", color=colour, fontsize=11,
-                   annotation_clip=False)
+    panel.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", va="center", color=colour,
+                   fontsize=11, annotation_clip=False)
 
 
 # ---- muon.py -----------------------------------------------------------------------------------------------
@@ -169,10 +171,11 @@ def draw_orthogonalisation(path: Path, X: Tensor) -> None:
     for panel in (left, right):
         panel.axhline(1, color="#666666", linewidth=1, linestyle=":")
         panel.set_ylim(0, 1.35)
-    left.set(title="p(σ) = 3.4445 σ - 4.7750 σ³ + 2.0315 σ⁵, repeated", xlabel="singular value before", ylabel="after")
+    left.set(title="p(σ) = 3.4445 σ - 4.7750 σ³ + 2.0315 σ⁵, repeated", xlabel="singular value before",
+             ylabel="after")
     right.set(title="singular values of a 64 × 256 matrix, largest first", xlabel="i", ylabel="σ_i")
-    right.annotate(f"σ₁ = 1 starts at {largest:.2f}:\nthe matrix is first divided\nby its norm ‖X‖_F = {1 / largest:.2f}",
-                   (1, largest), xytext=(27, 0.47), color="#666666", fontsize=11, va="center",
+    why = f"σ₁ = 1 starts at {largest:.2f}:\nX is first divided by\nits norm ‖X‖_F = {1 / largest:.2f}"
+    right.annotate(why, (1, largest), xytext=(27, 0.47), color="#666666", fontsize=11, va="center",
                    arrowprops={"arrowstyle": "->", "color": "#666666", "shrinkB": 4})
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
     save(figure, path)
@@ -185,7 +188,7 @@ def normalisation(depth: int = 32, width: int = 256, images: int = 256) -> Calla
     kinds = [None, *norm.KINDS]
     head = "".join(f"{kind or 'none':>8}" for kind in kinds)
     print(f"{images} random inputs through {depth} random ReLU layers of width {width}")
-    print("mean cosine between two inputs' activations      | effective rank of the activations (at most 256)")
+    print("mean cosine between two inputs' activations      | effective rank of the activations, of 256")
     print(f"layer {head}   |{head}")
     x = {kind: torch.randn(images, width, generator=torch.Generator().manual_seed(0)) for kind in kinds}
     cosines, ranks = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
@@ -199,24 +202,26 @@ def normalisation(depth: int = 32, width: int = 256, images: int = 256) -> Calla
         if layer in (1, 2, 4, 8, 16, 32):
             print(f"{layer:5} " + "".join(f"{cosines[kind][-1]:8.3f}" for kind in kinds) + "   |"
                   + "".join(f"{ranks[kind][-1]:8.1f}" for kind in kinds))
-    print("Only batch normalisation and whitening compare the inputs with each other, and only they keep them apart.")
+    print("Only batch normalisation and whitening compare the inputs with each other, "
+          "and only they keep them apart.")
     return lambda path: draw_normalisation(path, cosines, ranks)
 
 
-def draw_normalisation(path: Path, cosines: dict[str | None, list[float]], ranks: dict[str | None, list[float]]) -> None:
+def draw_normalisation(path: Path, cosines: dict[str | None, list[float]],
+                       ranks: dict[str | None, list[float]]) -> None:
     figure, axes = report.figure_of(1, 2, size=(12, 4.4))
     left, right = axes[0]
     # The widest first, so that a curve that lies on another leaves it a rim.
-    styles = {None: ("#BBBBBB", 6.0), "layer": ("#E69F00", 3.5), "rms": ("#000000", 1.2), "batch": ("#0072B2", 4.5),
-              "whiten": ("#56E0B0", 1.5)}
+    styles = {None: ("#BBBBBB", 6.0), "layer": ("#E69F00", 3.5), "rms": ("#000000", 1.2),
+              "batch": ("#0072B2", 4.5), "whiten": ("#56E0B0", 1.5)}
     for kind, (colour, linewidth) in styles.items():
         depth = range(1, len(cosines[kind]) + 1)
         left.plot(depth, cosines[kind], color=colour, linewidth=linewidth, label=kind or "none")
         right.plot(depth, ranks[kind], color=colour, linewidth=linewidth)
-    left.set(title="do all inputs look alike?", xlabel="layer", ylabel="mean cosine between two inputs' activations",
-             ylim=(0, 1.02))
-    right.set(title="and how many directions are left?", xlabel="layer", ylabel="effective rank of the activations",
-              yscale="log", ylim=(1, 256))
+    left.set(title="do all inputs look alike?", xlabel="layer", ylim=(0, 1.02),
+             ylabel="mean cosine between two inputs' activations")
+    right.set(title="and how many directions are left?", xlabel="layer", yscale="log", ylim=(1, 256),
+              ylabel="effective rank of the activations")
     right.set_yticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
     right.minorticks_off()
     figure.legend(loc="outside right center", frameon=False, title="normalisation")
@@ -229,7 +234,7 @@ def measures() -> Callable[[Path], None]:
     """Matrices whose rank is known, and what the measures say; one of them cut and flattened."""
     torch.manual_seed(0)
     P, Q = torch.linalg.qr(torch.randn(100, 100))[0], torch.linalg.qr(torch.randn(300, 100))[0]
-    low = (torch.randn(100, 5).double() @ torch.randn(5, 300).double())     # in float32, rounding would fill its rank
+    low = torch.randn(100, 5).double() @ torch.randn(5, 300).double()       # in float32, rounding fills it
     falling = P @ (0.9 ** torch.arange(100)).diag() @ Q.mT
     examples = {"100 equal singular values": P @ Q.mT,
                 "Gaussian": torch.randn(100, 300),
@@ -257,8 +262,8 @@ def draw_measures(path: Path, examples: dict[str, Tensor]) -> None:
         panel.bar(range(1, 101), (sigma / sigma[0]).tolist(), width=1, color="#3182BD")
         panel.axvline(count + 0.5, color="#000000", linewidth=1.5, linestyle="--")
         right = count < 60
-        panel.annotate(f"effective rank {count:.1f}", (count + (2.5 if right else -1.5), 1.12), va="center", fontsize=12,
-                       ha="left" if right else "right")
+        panel.annotate(f"effective rank {count:.1f}", (count + (2.5 if right else -1.5), 1.12), va="center",
+                       ha="left" if right else "right", fontsize=12)
         panel.set(title=name, xlim=(0, 102), ylim=(0, 1.25))
     for panel in axes[:, 0]:
         panel.set_ylabel("σ_i / σ_1")
@@ -275,28 +280,31 @@ def draw_runs(path: Path, runs: list[Path]) -> None:
                              for run, (label, records) in zip(runs, found)])
 
 
-# ---- the README's pictures -----------------------------------------------------------------------------------
+# ---- the README's pictures ---------------------------------------------------------------------------------
 
 def two_ways(path: str | os.PathLike) -> None:
     """Forward through W₁, W₂, W₃; the ways back of backprop, FA and DFA."""
     figure, axes = report.figure_of(1, 3, size=(14, 4.4))
-    ways = {"backprop": ("backprop: the same weights, transposed", "δ₂ = W₃ᵀ δ₃ ⊙ φ′(a₂)", "δ₁ = W₂ᵀ δ₂ ⊙ φ′(a₁)"),
+    ways = {"backprop": ("backprop: the same weights, transposed",
+                         "δ₂ = W₃ᵀ δ₃ ⊙ φ′(a₂)", "δ₁ = W₂ᵀ δ₂ ⊙ φ′(a₁)"),
             "FA": ("feedback alignment: fixed random B", "δ₂ = B₃ᵀ δ₃ ⊙ φ′(a₂)", "δ₁ = B₂ᵀ δ₂ ⊙ φ′(a₁)"),
             "DFA": ("direct: straight from the output", "δ₂ = B₃ᵀ δ₃ ⊙ φ′(a₂)", "δ₁ = B₂ᵀ δ₃ ⊙ φ′(a₁)")}
     for panel, (rule, (title, *equations)) in zip(axes[0], ways.items()):
         colour, letter = report.colour(rule), "W" if rule == "backprop" else "B"
         box = {"boxstyle": "circle,pad=0.3", "facecolor": "white"}
         for i, name in enumerate(("x", "h₁", "h₂", "y")):
-            panel.annotate(name, (i, 1), ha="center", va="center", fontsize=15, bbox={**box, "edgecolor": "black"})
+            panel.annotate(name, (i, 1), ha="center", va="center", fontsize=15,
+                           bbox={**box, "edgecolor": "black"})
             if i:
                 arrow(panel, (i - 1, 1), (i, 1), "black")
                 panel.annotate(f"W{'₁₂₃'[i - 1]}", (i - 0.5, 1.1), ha="center", fontsize=15)
-                panel.annotate(f"δ{'₁₂₃'[i - 1]}", (i, 0), ha="center", va="center", fontsize=15, color=colour,
-                               bbox={**box, "edgecolor": colour})
+                panel.annotate(f"δ{'₁₂₃'[i - 1]}", (i, 0), ha="center", va="center", fontsize=15,
+                               color=colour, bbox={**box, "edgecolor": colour})
         arrow(panel, (3, 1), (3, 0), "black")
         panel.annotate("loss", (3.08, 0.5), fontsize=13, va="center")
         arrow(panel, (3, 0), (2, 0), colour)
-        panel.annotate(f"{letter}₃ᵀ", (2.5, -0.22 if rule == "DFA" else 0.12), ha="center", fontsize=15, color=colour)
+        height = -0.22 if rule == "DFA" else 0.12
+        panel.annotate(f"{letter}₃ᵀ", (2.5, height), ha="center", fontsize=15, color=colour)
         if rule == "DFA":
             arrow(panel, (3, 0), (1, 0), colour, curve=0.35)
             panel.annotate("B₂ᵀ", (1.8, 0.28), ha="center", fontsize=15, color=colour)
@@ -310,9 +318,11 @@ def two_ways(path: str | os.PathLike) -> None:
     save(figure, path)
 
 
-def arrow(panel: Any, start: tuple[float, float], end: tuple[float, float], colour: str, curve: float = 0) -> None:
-    panel.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2, "shrinkA": 17,
-                                               "shrinkB": 17, "connectionstyle": f"arc3,rad={curve}"})
+def arrow(panel: Any, start: tuple[float, float], end: tuple[float, float], colour: str,
+          curve: float = 0) -> None:
+    panel.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2,
+                                               "shrinkA": 17, "shrinkB": 17,
+                                               "connectionstyle": f"arc3,rad={curve}"})
 
 
 def gratings(path: str | os.PathLike) -> None:

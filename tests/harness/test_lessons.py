@@ -33,7 +33,7 @@ def test_it_prints_a_table_and_saves_a_picture(name, tmp_path, monkeypatch, caps
     assert run(name, "--out", "picture.png", monkeypatch=monkeypatch) == 0
     out, err = capsys.readouterr()
     assert err == "" and SAYS[name] in out and len(out.splitlines()) >= 5
-    if name == "fa":                                            # it learns below the classifier, nearly as backprop does
+    if name == "fa":                                            # it learns below the classifier too
         fa_, backprop, frozen = map(float, re.findall(r" (0\.\d+)", out.splitlines()[-2]))
         assert backprop < fa_ < (backprop + frozen) / 2
     assert out.endswith("picture.png\n") and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
