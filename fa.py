@@ -31,10 +31,10 @@ How it works: `attach` runs each layer on a detached input, which cuts the true 
 able to leak. A tie connects the output to the input again, and a full backward hook around the tie puts the rule's
 error where the true one would have been.
 
-Left out: layers other than Linear and Conv2d, and subclasses of these with a forward of their own (they keep exact
-backprop, and `attach` names them); second derivatives of weight gradients, which raise an error; torch.compile, which
-is refused because it may ignore hooks. What is not noticed: a layer's weight that the model also uses elsewhere, such
-as F.linear(h, layer.weight.T) in a tied autoencoder, sends the error of that other use by plain backprop.
+Left out: other layers than Linear and Conv2d, and subclasses of these with a forward of their own (they keep exact
+backprop, and `attach` names them); second derivatives of weight gradients, and torch.compile, which may ignore hooks
+(both raise an error). Not noticed: a layer's weight that is also used elsewhere, such as F.linear(h, layer.weight.T) in
+a tied autoencoder, sends the error of that other use back exactly.
 """
 from __future__ import annotations
 
@@ -66,8 +66,7 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     returns      δ at the input, of input_shape, in the error's dtype
 
     For Linear this is  δ_in = δ W  on rows, the batched form of Wᵀδ. A convolution is the same product with the sparse
-    matrix that the kernel stands for; its transpose is computed directly, without the layer's input.
-    Raises ValueError for a padding_mode other than 'zeros': the transpose would have to fold the border back.
+    matrix that the kernel stands for. Raises ValueError for a padding_mode other than 'zeros'.
     """
     weight = weight.to(error.dtype)                     # under autocast δ is bf16 and the weights are float32
     if isinstance(layer, nn.Linear):
@@ -155,14 +154,13 @@ class Rule:
         return self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule has to remember when a run stops: its generator and its attributes, but those named _so."""
-        plain = {key: value for key, value in vars(self).items() if key != "generator" and not key.startswith("_")}
-        return {**plain, "generator": self.generator.get_state()}
+        """What the rule must remember when a run stops: its generator, and its attributes but those named _so."""
+        kept = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        return {**kept, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The way back from `state_dict`."""
         self.generator.set_state(state["generator"])
-        vars(self).update({key: value for key, value in state.items() if key != "generator"})
+        vars(self).update({**state, "generator": self.generator})
 
     def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to another process, its state can
         return {**vars(self), "generator": bytes(self.generator.get_state().tolist())}
@@ -177,7 +175,7 @@ def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _orthogonal(weight: Tensor) -> Tensor:
-    """The nearest tensor of weight's shape and norm whose matrix at each kernel position has equal singular values."""
+    """The nearest tensor of the same norm whose matrix at each kernel position has equal singular values."""
     positions = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]        # (kh·kw, out, in)
     U, _, Vh = torch.linalg.svd(positions, full_matrices=False)
     flat = (U @ Vh).permute(1, 2, 0).reshape(weight.shape)
@@ -199,8 +197,7 @@ class FA(Rule):
 class _Cut:
     """Mixed into the class of each layer that has a rule: its forward, with the true path cut and the hook inside.
 
-    The hook is inside the layer, not around it, so that it sees the whole error at the layer's output, whatever a
-    forward hook keeps of that output, makes of it, or sends back to it.
+    Inside, so that the hook sees the whole error at the output, whatever forward hooks keep or make of that output.
     """
 
     def forward(self: Any, input: Tensor) -> Tensor:
@@ -239,11 +236,9 @@ class _Tie(torch.autograd.Function):
     def backward(ctx, error: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if error is None:
             return None, None
-        if torch.is_grad_enabled():                     # create_graph: the gradients may be differentiated again
-            error_of_y = _Once.apply(error, torch.zeros((), device=error.device, requires_grad=True))
-        else:
-            error_of_y = error
-        return error.new_zeros((), dtype=ctx.dtype).expand(ctx.shape), error_of_y
+        placeholder = error.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
+        again = torch.is_grad_enabled()                 # create_graph=True: the gradients may be differentiated again
+        return placeholder, _Once.apply(error.detach().requires_grad_()) if again else error
 
 
 def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple:
@@ -269,14 +264,12 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
     data needs a gradient. The model is changed in place; with the rule `bp` it is not changed at all.
 
     Layers of other types that carry the error by weights, such as ConvTranspose2d, keep exact backprop, and so do
-    subclasses of Linear and Conv2d whose forward is their own; a warning names them. Activations with inplace=True, such
-    as torchvision's, are set to False until `remove`, as the layer's output must stay as it was; what overwrites it
-    otherwise (y += x, F.relu_) is refused by torch with a RuntimeError in the forward pass.
+    subclasses of Linear and Conv2d whose forward is their own; a warning names them. Activations with inplace=True are
+    set to False until `remove`, as a layer's output must stay as it was; y += x and F.relu_ on it are refused by torch.
 
-    Raises TypeError if `rule` is no instance of Rule, and ValueError if a layer already has a rule or cannot be projected
-    through, the stem is not a layer of the model, or the model is compiled; the model is then untouched. Compiled later,
-    it raises RuntimeError when it runs. Attach before the model goes into DistributedDataParallel, before an optimiser
-    is made where feedback learns, and after loading a checkpoint saved without a rule.
+    Raises TypeError if `rule` is no instance of Rule, and ValueError if a layer already has a rule or cannot be
+    projected through, the stem is no layer of the model, or the model is compiled; the model is then untouched.
+    Attach before DistributedDataParallel, before the optimiser is made, and after loading a checkpoint without a rule.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"attach takes an instance of a rule, such as fa.FA(seed=0), not {rule!r:.80}")
@@ -409,18 +402,17 @@ class BP(Rule):
 class DFA(Rule):
     """Direct feedback alignment: δ_in = Bᵀe, straight from the output's error e = ∂loss/∂logits (Nøkland 2016).
 
-    The output is the layer whose error comes first in a backward pass; a network must have one, and the batch on the first
-    axis of every layer's input, the same in all. Each layer has a B of shape (classes, all units of its input), drawn
-    as the Linear layer from there to the classes would be, so for the classifier itself DFA and FA are one. No error
-    passes from layer to layer: a hidden layer does not use the one that comes in. B takes units × classes of memory,
-    253 MiB in ResNet-18 for 100 classes. Expect of it: about what FA reaches. Raises RuleError where shapes do not match.
+    Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the classes
+    would be, so for the classifier itself DFA and FA are one. A hidden layer does not use the error that comes in. B
+    takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. Expect of it: about what FA reaches.
+
+    The output is the layer whose error comes first in a backward pass. Raises RuleError where an input does not have
+    its batch on the first axis, or other units than before.
     """
 
     def prepare(self, layer: Layer) -> None:
         layer.register_buffer("feedback", layer.weight.new_empty(0))    # its size is known when the first error comes
-        self._pass: int | None = None                   # the backward pass that _output and _error belong to
-        self._output: Layer | None = None
-        self._error: Tensor | None = None
+        self._pass = self._output = None                # a backward pass, and the output layer in it
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
         this_pass = torch._C._current_graph_task_id()
@@ -428,12 +420,12 @@ class DFA(Rule):
             self._pass, self._output = this_pass, layer
             alone = error.dim() == (1 if isinstance(layer, nn.Linear) else 3)       # one image, without a batch axis
             self._error = error.flatten()[None] if alone else error.flatten(1)      # e: (N, classes)
-            self._shape = () if alone else error.shape[:1]
-        axes = len(self._shape)
+            self._batch = error.shape[:0 if alone else 1]                           # () or (N,)
+        axes = len(self._batch)
         wanted = (self._error.shape[1], input_shape[axes:].numel())
         if layer.feedback.numel() == 0 and not hasattr(layer, "_is_replica"):       # DataParallel's replicas forget it
             layer.feedback = self._draw(wanted, _torch_default).to(layer.weight)
-        if input_shape[:axes] != self._shape or layer.feedback.shape != wanted:
+        if input_shape[:axes] != self._batch or layer.feedback.shape != wanted:
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
                             f"{tuple(layer.feedback.shape)}, which do not fit an output's error of shape "
                             f"{tuple(self._error.shape)}; expected the batch on the first axis, and always the same units")
@@ -462,9 +454,8 @@ class KolenPollack(FA):
     to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)), and much sooner
     where the common updates outgrow the first weights, as Muon's do.
 
-    B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W. Clip gradients
-    before `before_step`, or B's are counted too. Raises ValueError for a weight that is computed from others, such as
-    torch's weight_norm makes, and HookError when an optimiser has moved W but not B.
+    B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W. Raises
+    ValueError for a weight computed from others (weight_norm), and HookError when an optimiser has moved W but not B.
     """
 
     learns = True
@@ -480,8 +471,8 @@ class KolenPollack(FA):
         if first:                                       # until B has been seen to move
             weight_moved, feedback_moved = (not torch.equal(*pair) for pair in zip(now, first))
             if weight_moved and not feedback_moved:
-                raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make the optimiser "
-                                "after attach, and give it model.parameters(), or the feedback beside the weight")
+                raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make it after "
+                                "attach, and give it model.parameters()")
             if feedback_moved:
                 first.clear()
         layer.feedback.grad = None if layer.weight.grad is None else layer.weight.grad.clone()
@@ -562,10 +553,10 @@ def _stem_is_first(layer: Layer, args: tuple, kwargs: dict) -> None:
 
 
 class _Once(torch.autograd.Function):
-    """The error, which may be differentiated as often as one likes, but not on its way through a weight's gradient."""
+    """The error on its way to a weight's gradient, which cannot be differentiated again: its path to x is cut."""
 
     @staticmethod
-    def forward(ctx, error: Tensor, always: Tensor) -> Tensor:
+    def forward(ctx, error: Tensor) -> Tensor:
         return error.view_as(error)
 
     @staticmethod

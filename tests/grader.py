@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import rulefile
+from harness import rulefile
 
 GRADES: dict[str, dict[str, tuple[bool, str]]] = {}     # rule -> property -> (kept, why not or a remark)
 SPARE = 30      # seconds: a child ends itself when its time is over; if it has not by then, it is killed

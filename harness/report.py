@@ -1,0 +1,597 @@
+"""Spares the reader the making of tables and pictures: of experiments, of each kind one, and of runs.
+
+A result is a line of results/NAME.jsonl as experiment.py writes it, with the label of its row and column
+beside it. Tables are Markdown, as results/README.md holds them; accuracies are those of the last epoch, in %,
+mean ± standard deviation over seeds. Nothing here knows how the results were made.
+
+One colour stands for one thing in every picture: `colour(label)`. No curve can hide another: where two lie on
+each other, the later one is thinner, and the earlier one shows as its rim.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from harness import files, recorder, rulefile
+
+# Okabe & Ito 2008 for what the paper compares, Tol 2021 for the rest: both are safe for the colour-blind.
+COLOURS = {"backprop": "#888888", "backprop + Muon": "#CC79A7", "backprop + norm": "#000000",
+           "backprop + Muon + norm": "#009E73", "frozen features": "#999933",
+           "FA": "#D55E00", "FA + Muon": "#E69F00", "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2",
+           "DFA": "#882255", "sign-symmetry": "#44AA99", "Kolen–Pollack": "#332288",
+           "B × 3": "#AA4499", "orthogonal B": "#117733", "B × 3, orthogonal": "#661100",
+           "Muon decay 0.05": "#CC6677", "B × 3, Muon decay 0.05": "#6699CC"}
+OTHERS = ("#7F5539", "#BB5566", "#004488", "#997700", "#AA3377", "#5A7D2A", "#6C4AB6")      # what a user adds
+RULES = {"bp": "backprop", "fa": "FA", "dfa": "DFA", "sign": "sign-symmetry", "kp": "Kolen–Pollack",
+         "frozen": "frozen features"}
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+
+def percent(line: dict) -> str:
+    if line["diverged"]:
+        return f"diverged at step {line['epochs'][-1]['step']}"
+    return f"{100 * line['final_test_accuracy']:.1f} %"
+
+
+def accuracies(cell: list[dict]) -> list[float]:
+    """In %, of the seeds that did not diverge."""
+    return [100 * line["final_test_accuracy"] for line in cell if not line["diverged"]]
+
+
+def mean_accuracy(cell: list[dict]) -> float | None:
+    known = accuracies(cell)
+    return statistics.mean(known) if known else None
+
+
+def accuracy(cell: list[dict]) -> str:
+    """Mean ± standard deviation in %, and how many runs diverged."""
+    if not cell:
+        return "not measured"
+    known = accuracies(cell)
+    text = f"{statistics.mean(known):.1f}" if known else "–"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):.1f}"
+    if len(known) < len(cell):
+        text += f" ({len(cell) - len(known)} of {len(cell)} diverged)"
+    return text
+
+
+def chance(line: dict) -> float:
+    """In %, of guessing; 0 for a folder of images, whose classes are not known here."""
+    return {"gratings": 10.0, "cifar10": 10.0, "cifar100": 1.0}.get(line["args"]["dataset"], 0.0)
+
+
+def measured(lines: list[dict]) -> str:
+    """On which images: "held-out" training images where the experiment chooses something by them."""
+    return "held-out" if any(line.get("args", {}).get("validate") for line in lines) else "test"
+
+
+def select(lines: list[dict], label: str, column: str | None = None) -> list[dict]:
+    return [line for line in lines if line["label"] == label and (column is None or line["column"] == column)]
+
+
+def effective_ranks(record: dict, kind: str) -> list[float | None]:
+    """Of each layer but the classifier, from the stem up; `record` is a line of rank.jsonl."""
+    return [(layer.get(kind) or {}).get("effective_rank") for layer in list(record["layers"].values())[:-1]]
+
+
+def trajectory_rank(record: dict) -> float | None:
+    return (record["trajectory"].get("all layers") or {}).get("effective_rank")
+
+
+def hidden_error_rank(line: dict) -> float | None:
+    """Effective rank of the error δ after training, the mean of all layers but the classifier.
+
+    It is 0 only where no error arrives at all, as behind units that are all silent. That is no collapse of
+    its rank: an error of which one direction is left has rank 1.
+    """
+    known = [r for r in effective_ranks(line["rank"][-1], "error") if r is not None]
+    return statistics.mean(known) if known and not line["diverged"] else None
+
+
+def span(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h {minutes % 60:02}m" if minutes >= 60 else f"{minutes}m {seconds:02}s"
+
+
+def mean(values: list[float | None], digits: int = 0) -> str:
+    known = [v for v in values if v is not None]
+    return f"{statistics.mean(known):.{digits}f}" if known else "–"
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def wider(table: str, head: str, cells: list[str]) -> str:
+    """The table with more columns on its right: their heads, and for each row their cells, between bars."""
+    first, rule, *rows = table.splitlines()
+    more = [f" {head} |", " --- |" * (head.count("|") + 1), *[f" {cell} |" for cell in cells]]
+    return "\n".join(line + addition for line, addition in zip([first, rule, *rows], more))
+
+
+def table(experiment, lines: list[dict]) -> str:
+    """A row a cell: accuracy, n, the paper's value and the difference to it where it gives one."""
+    head, rows = ["", f"{measured(lines)} accuracy (%)", "n"], []
+    if experiment.paper:
+        head += ["the paper", "difference"]
+    for label in experiment.cells:
+        cell = select(lines, label)
+        row = [label, accuracy(cell), len(cell)]
+        if experiment.paper:
+            paper, ours = experiment.paper.get(label), mean_accuracy(cell)
+            known = paper is not None and ours is not None
+            row += [paper or "–", f"{ours - paper:+.1f}" if known else ""]      # type: ignore[operator]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def headline(small, small_lines: list[dict], full, full_lines: list[dict]) -> str:
+    """The paper's table beside ours: at a small scale, and at full scale where that is measured."""
+    head = ["test accuracy (%)", "small scale", "n", "full scale", "n", "the paper, full scale"]
+    rows = []
+    for label in full.cells:
+        cells = [select(small_lines, label), select(full_lines, label)]
+        row = [label]
+        for cell in cells:
+            row += [accuracy(cell), str(len(cell))] if cell else ["–", ""]
+        rows.append([*row, full.paper.get(label, "–")])
+    notes = [f"Small scale: {small.scale}"]
+    if full_lines:
+        notes.append(f"Full scale: {full.scale}")
+    else:
+        head, rows = [*head[:3], head[5]], [[*row[:3], row[5]] for row in rows]
+        notes.append(f"The full scale ({full.scale.rstrip('.')}) has not been measured here yet.")
+    return markdown(head, rows) + "\n\n" + " ".join(notes)
+
+
+def rank_table(experiment, lines: list[dict]) -> str:
+    """The table, and what was recorded after the last epoch, by layer from the stem up to the last before the
+    classifier.
+
+    Effective ranks of the error, gradient and update; that of the network's trajectory; mean |cos| between
+    the activations of different images at the layer's output; degrees between the gradient and backprop's.
+    """
+    cells = []
+    for label in experiment.cells:
+        finals = [line["rank"][-1] for line in select(lines, label)]
+        layers = [list(final["layers"].values()) for final in finals]
+        texts = [by_layer([effective_ranks(final, kind) for final in finals])
+                 for kind in ("error", "gradient", "update")]
+        texts.append(mean([trajectory_rank(final) for final in finals]))
+        texts.append(by_layer([[layer["cosine"] for layer in each[1:]] for each in layers], digits=2))
+        texts.append(by_layer([[layer["angle_gradient"] for layer in each[:-1]] for each in layers]))
+        cells.append(" | ".join(texts))
+    return wider(table(experiment, lines), "error δ | gradient | update | trajectory | cosine | angle", cells)
+
+
+def quick_table(experiment, lines: list[dict]) -> str:
+    """The table, and the effective ranks of the error after the last epoch, by layer from the stem up."""
+    return wider(table(experiment, lines), "rank of the error δ",
+                 [by_layer([effective_ranks(line["rank"][-1], "error") for line in select(lines, label)])
+                  for label in experiment.cells])
+
+
+def by_layer(seeds: list[list[float | None]], digits: int = 0) -> str:
+    """Each layer's mean over the seeds."""
+    return ", ".join(mean(list(layer), digits) for layer in zip(*seeds)) or "–"
+
+
+def sweep_table(experiment, lines: list[dict]) -> str:
+    """A row a cell, a column a value: accuracy, and after a semicolon the mean rank of the error."""
+    def cell(label: str, column: str) -> str:
+        found = select(lines, label, column)
+        recorded = [hidden_error_rank(line) for line in found if "rank" in line]
+        if not recorded:
+            return accuracy(found)
+        return accuracy(found) + ("; no error" if set(recorded) == {0} else f"; {mean(recorded)}")
+
+    rows = [[label, *[cell(label, column) for column in experiment.columns]] for label in experiment.cells]
+    return markdown([experiment.axis, *experiment.columns], rows)
+
+
+def map_table(experiment, lines: list[dict]) -> str:
+    """A row for each initialisation and learning rate: accuracies; FA's rank ÷ backprop's, seed 0."""
+    rows = []
+    for panel in panels(experiment):
+        for column in experiment.columns:
+            bp, fa = (select(lines, f"{panel}: {label}", column) for label in ("backprop", "FA"))
+            finals: list = [x[0]["rank"][-1] if x and not x[0]["diverged"] else None for x in (bp, fa)]
+            texts = ["–"] * 3
+            if None not in finals:
+                texts = [
+                    ", ".join(
+                        mean([ratio(f, b)], 2) for b, f in zip(*(effective_ranks(x, kind) for x in finals))
+                    )
+                    for kind in ("error", "gradient")
+                ]
+                texts.append(mean([ratio(trajectory_rank(finals[1]), trajectory_rank(finals[0]))], 2))
+            rows.append([panel, column, accuracy(bp), accuracy(fa), *texts])
+    head = ["initialisation", experiment.axis, "backprop (%)", "FA (%)", "error δ", "gradient", "trajectory"]
+    return markdown(head, rows)
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+def panels(experiment) -> list[str]:
+    """The parts of the labels before a colon, in order; [""] where there are none."""
+    return list(dict.fromkeys(label.rpartition(": ")[0] for label in experiment.cells))
+
+
+def colour(label: str) -> str:
+    """Of a row, by its name; what nobody foresaw, such as a rule of your own, takes one of the others."""
+    name = label.rpartition(": ")[2]
+    return COLOURS.get(name) or OTHERS[sum(name.encode()) % len(OTHERS)]
+
+
+def colours(labels: Sequence[str]) -> list[str]:
+    """Of the rows of one picture: each its own; where another row has that already, one that is left."""
+    chosen: list[str] = []
+    for label in labels:
+        left = [colour(label), *OTHERS, *COLOURS.values()]
+        chosen.append(next((one for one in left if one not in chosen), left[0]))
+    return chosen
+
+
+def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none"):
+    """(figure, axes as an array of that shape): no display needed, no frame around the axes."""
+    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure, path: Path) -> None:
+    """In the format that the path's ending names, or as PNG."""
+    from matplotlib import pyplot as plt
+    kind = path.suffix[1:] or "png"
+    files.write(path, lambda partial: figure.savefig(partial, dpi=130, format=kind))
+    plt.close(figure)
+
+
+def picture(path: Path, draw: Callable[[], object]) -> bool:
+    """Call draw(); where it fails, say so in one line and return False: it must never cost a result."""
+    try:
+        draw()
+    except Exception as e:  # noqa: BLE001  (a broken matplotlib, a full disk: whatever it is, it is said)
+        print(f"cannot draw {path}: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+        return False
+    return True
+
+
+# ---- pictures of runs --------------------------------------------------------------------------------------
+
+def curves(path: Path, log: list[dict], title: str, classes: int | None = None) -> None:
+    """curves.png: left the loss, right training and test accuracy, and chance where `classes` are given."""
+    from matplotlib.ticker import MaxNLocator
+    figure, axes = figure_of(1, 2, size=(9, 3.9))
+    left, right = axes[0]
+    finished = [line for line in log if line["test_accuracy"] is not None]
+    epochs = [line["epoch"] for line in finished]
+    # On a logarithmic axis a loss that runs away and one that falls from 2 to 0.02 can both be read.
+    left.plot(epochs, [line["train_loss"] for line in finished], "o-", color="#000000", markersize=3)
+    left.set(xlabel="epoch", ylabel="training loss (nats), logarithmic", yscale="log")
+    right.plot(
+        epochs,
+        [100 * line["train_accuracy"] for line in finished],
+        "o--",
+        color="#999999",
+        markersize=3,
+        label="training images",
+    )
+    right.plot(
+        epochs,
+        [100 * line["test_accuracy"] for line in finished],
+        "o-",
+        color="#000000",
+        markersize=3,
+        label="test images",
+    )
+    if classes:
+        right.axhline(100 / classes, color="#999999", linewidth=1, linestyle=":", label="chance")
+    right.set(
+        ylabel="accuracy (%)",
+        ylim=(0, None),
+        xlabel="epoch\n\nTraining accuracy is the mean over the epoch, while "
+        "the weights\nstill improve, and of augmented images: it may lie below test.",
+    )
+    right.legend(frameon=False)
+    for ax in axes[0]:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if not finished:
+            ax.text(0.5, 0.5, "diverged in the first epoch", ha="center", transform=ax.transAxes)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def read_ranks(run: Path) -> tuple[str, list[dict]]:
+    """A run's name as the tables have it, and its records. Raises files.Problem where there are none."""
+    try:
+        args = json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
+        records = [json.loads(line) for line in (run / "rank.jsonl").read_text(encoding="utf-8").splitlines()]
+        rule, muon, norm = args["rule"], args["muon"], args["norm"]
+    except (OSError, ValueError, KeyError) as e:
+        raise files.Problem(f"{run} has no record of ranks ({e}); make one with train.py --rank") from e
+    parts = [RULES.get(rule, rulefile.name(rule))]
+    if muon:
+        parts.append("Muon")
+    if norm:
+        parts.append("norm" if norm == "batch" else f"{norm} norm")
+    return " + ".join(parts), records
+
+
+def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
+    """Six panels, a run in one colour: rank by depth and over epochs, spectrum, trajectory, alignment."""
+    from matplotlib.ticker import MaxNLocator
+    figure, panels = figure_of(2, 3, size=(12, 7))
+    (by_depth, spectrum, over_epochs), (gradients, trajectory, alignment) = panels
+    widths = [
+        4.5 - 3.3 * i / max(1, len(runs) - 1) for i in range(len(runs))
+    ]  # a curve on another leaves it a rim
+    for (label, records), shade, width in zip(runs, colours([label for label, _ in runs]), widths):
+        style = {"color": shade, "marker": "o", "markersize": width + 1.5, "linewidth": width}
+        last = records[-1]["layers"]
+        names, depth = list(last), range(1, len(last) + 1)
+        hidden = names[1:-1] or names
+        epochs = [record["epoch"] for record in records]
+
+        def ranks(layers: dict, names: list[str], kind: str) -> list[float]:
+            return [layers[n][kind]["effective_rank"] if layers[n][kind] else math.nan for n in names]
+
+        by_depth.plot(depth, ranks(last, names, "error"), label=label, **style)
+        gradients.plot(depth, ranks(last, names, "gradient"), **style)
+        if last[hidden[-1]]["spectrum"]:
+            sigma = last[hidden[-1]]["spectrum"]
+            spectrum.plot(recorder.Recorder.SPECTRUM[:len(sigma)], sigma, **style)
+        over_epochs.plot(
+            epochs, [ranks(record["layers"], hidden[-1:], "gradient")[0] for record in records], **style
+        )
+        rows = [
+            (r["epoch"], r["trajectory"]["all layers"]) for r in records if r["trajectory"].get("all layers")
+        ]
+        trajectory.plot([epoch for epoch, _ in rows], [t["effective_rank"] for _, t in rows], **style)
+        angles = [[r["layers"][n]["angle_gradient"] for n in hidden] for r in records]
+        alignment.plot(epochs, [sum(a) / len(a) if None not in a else math.nan for a in angles], **style)
+    ceilings = {
+        kind: [(last[n][kind] or {}).get("ceiling", math.nan) for n in names]
+        for kind in ("error", "gradient")
+    }
+    by_depth.plot(depth, ceilings["error"], ":", color="#888888", label="largest possible")
+    gradients.plot(depth, ceilings["gradient"], ":", color="#888888")
+    trajectory.plot([e for e, _ in rows], [t["rows"] for _, t in rows], ":", color="#888888")
+    alignment.axhline(90, linestyle=":", color="#888888", label="90°: unrelated")
+    alignment.legend(frameon=False, fontsize=9)
+    by_depth.set(
+        title="error δ, after training", xlabel="layer, from stem to classifier", ylabel="effective rank"
+    )
+    gradients.set(title="weight gradient, after training", xlabel="layer, from stem to classifier",
+                  ylabel="effective rank")
+    over_epochs.set(title=f"weight gradient of {hidden[-1]}", xlabel="epoch", ylabel="effective rank")
+    trajectory.set(title="gradient trajectory, whole network", xlabel="epoch", ylabel="effective rank so far")
+    spectrum.set(
+        title=f"error δ of {hidden[-1]}",
+        xlabel="i",
+        ylabel="singular value σ_i / σ_1",
+        xscale="log",
+        yscale="log",
+        ylim=(1e-4, 1.5),
+    )  # what is smaller does not count
+    alignment.set(
+        title="angle to backprop's gradient",
+        xlabel="epoch",
+        ylabel="degrees, mean of hidden layers",
+        ylim=(-4, None),
+    )
+    for axes in (by_depth, gradients, over_epochs, trajectory):
+        axes.set_ylim(0, None)
+    for axes in (by_depth, gradients, over_epochs, trajectory, alignment):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(
+        *by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=10
+    )
+    save(figure, path)
+
+
+# ---- pictures of experiments -------------------------------------------------------------------------------
+
+
+def draw_epochs(path: Path, experiment, lines: list[dict]) -> None:
+    figure, axes = figure_of(1, 1, size=(7.5, 4))
+    accuracy_by_epoch(axes[0, 0], experiment, lines)
+    save(figure, path)
+
+
+def draw_quick(path: Path, experiment, lines: list[dict]) -> None:
+    """Left the accuracy by epoch, right the rank of the error by layer: the failure, and its error."""
+    figure, axes = figure_of(1, 2, size=(11, 4))
+    accuracy_by_epoch(axes[0, 0], experiment, lines)
+    right = axes[0, 1]
+    for label in experiment.cells:
+        for line in select(lines, label):
+            ranks = effective_ranks(line["rank"][-1], "error")
+            depth = range(1, len(ranks) + 1)
+            right.plot(
+                depth, [math.nan if r is None else r for r in ranks], "o-", color=colour(label), linewidth=2
+            )
+    ceiling = next(iter(lines[0]["rank"][-1]["layers"].values()))["error"]["ceiling"]
+    right.set(
+        title="rank of the error δ after training",
+        xlabel="layer, from the stem up",
+        xticks=list(depth),
+        ylabel=f"effective rank (at most {ceiling})",
+        ylim=(0, None),
+    )
+    axes[0, 0].set(title="accuracy")
+    save(figure, path)
+
+
+def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
+    """Test accuracy by epoch, one colour a cell, a line a seed, each named at its end."""
+    from matplotlib.ticker import MaxNLocator
+    ends = []
+    for label in experiment.cells:
+        cell = select(lines, label)
+        for line in cell:
+            epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
+            axes.plot(
+                [e["epoch"] for e in epochs],
+                [100 * e["test_accuracy"] for e in epochs],
+                "o-",
+                markersize=3,
+                color=colour(label),
+                linewidth=2,
+            )
+            last = epochs[-1]["epoch"] if epochs else 0
+        if cell:
+            height = mean_accuracy(cell)
+            ends.append([chance(cell[0]) if height is None else height, last, label])
+    low = min(chance(line) for line in lines)
+    top = max(height for height, *_ in ends)
+    places, placed = [], -1e9
+    for height, *_ in sorted(ends):                             # names apart from each other
+        placed = max(height, placed + 0.055 * (top - low))
+        places.append(placed)
+    for (_, last, label), place in zip(sorted(ends), places):
+        axes.annotate(
+            label,
+            (last, place - (places[-1] - top) / 2),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour(label),
+            fontsize=11,
+            annotation_clip=False,
+        )
+    axes.axhline(low, color="#999999", linewidth=1, linestyle=":")
+    axes.annotate(
+        "chance",
+        (0.7 * max(last for _, last, _ in ends), low),
+        xytext=(0, 7),
+        textcoords="offset points",
+        color="#666666",
+    )
+    axes.set(xlabel="epoch", ylabel=f"{measured(lines)} accuracy (%)", ylim=(0, None), xlim=(0.7, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_recorded(path: Path, experiment, lines: list[dict]) -> None:
+    draw_ranks(path, [(line["label"], line["rank"]) for line in lines if line["seed"] == 0])
+
+
+def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
+    """Accuracy against the columns, a panel for each kind of network; below it the rank of the error."""
+    recorded = all("rank" in line for line in lines)
+    names = panels(experiment)
+    figure, grid = figure_of(1 + recorded, len(names), sharey="row",
+                             size=(max(7.5, 2 + 4 * len(names)), 4 + 3 * recorded))
+    ticks, positions, scale = axis(list(experiment.columns))
+    for j, panel in enumerate(names):
+        for label in [label for label in experiment.cells if label.rpartition(": ")[0] == panel]:
+            style = {"marker": "o", "markersize": 4, "linewidth": 2, "color": colour(label),
+                     "label": label.rpartition(": ")[2]}
+            cells = [select(lines, label, column) for column in experiment.columns]
+            grid[0, j].plot(positions, [nan(mean_accuracy(cell)) for cell in cells], **style)
+            if recorded:
+                ranks: list = [[hidden_error_rank(line) for line in cell] for cell in cells]
+                means = [statistics.mean(r) if r and None not in r else math.nan for r in ranks]
+                # Where no error arrives there is no rank: the curve has a gap, and the place a mark of its own.
+                grid[1, j].plot(positions, [height or math.nan for height in means], **style)
+                for x in [x for x, height in zip(positions, means) if height == 0]:
+                    grid[1, j].plot(x, 0, "o", markerfacecolor="white", color=colour(label), clip_on=False)
+                    grid[1, j].annotate("no error arrives:\nzero, not collapsed", (x, 0), xytext=(0, 9), ha="center",
+                                        textcoords="offset points", fontsize=10, color=colour(label))
+        grid[0, j].axhline(min(chance(line) for line in lines), color="#999999", linewidth=1, linestyle=":")
+        grid[0, j].set_title(panel)
+    for ax in grid.flat:
+        ax.set(xscale=scale, xlabel=experiment.axis, ylim=(0, None))
+        ax.set_xticks(positions, ticks)
+        ax.minorticks_off()
+    grid[0, 0].set_ylabel(f"{measured(lines)} accuracy (%)")
+    if recorded:
+        grid[1, 0].set_ylabel("effective rank of the error δ,\nmean of the layers")
+    handles = {label: line for ax in grid[0] for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    save(figure, path)
+
+
+def nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def axis(columns: list[str]) -> tuple[list[str], list[float], str]:
+    """(tick labels, positions, scale): by value if all columns are numbers, in order otherwise."""
+    try:
+        positions = [float(column) for column in columns]
+    except ValueError:
+        return columns, [float(i) for i in range(len(columns))], "linear"
+    return columns, positions, "log" if max(positions) >= 10 * min(positions) else "linear"
+
+
+def draw_map(path: Path, experiment, lines: list[dict]) -> None:
+    """Heat maps of FA's rank ÷ backprop's: a panel for each quantity, initialisation and rate; seed 0."""
+    names, columns, kinds = (
+        panels(experiment),
+        list(experiment.columns),
+        {"error": "error δ", "gradient": "weight gradient"},
+    )
+    rows = [(panel, kind) for kind in kinds for panel in names]
+    figure, grid = figure_of(len(rows), len(columns), size=(2.6 * len(columns) + 1.5, 2 * len(rows)))
+    from matplotlib.colors import TwoSlopeNorm
+    image = None
+    for i, (panel, kind) in enumerate(rows):
+        for j, column in enumerate(columns):
+            ax = grid[i, j]
+            bp, fa = (select(lines, f"{panel}: {label}", column) for label in ("backprop", "FA"))
+            ax.set_facecolor("#DDDDDD")
+            if bp and fa:
+                ratios = [[ratio(f, b) for b, f in zip(effective_ranks(x, kind), effective_ranks(y, kind))]
+                          for x, y in zip(bp[0]["rank"], fa[0]["rank"])]
+                logs = [[math.nan if r is None else math.log2(r) for r in layers] for layers in zip(*ratios)]
+                epochs, depth = len(logs[0]), len(logs)
+                image = ax.imshow(logs, cmap="RdBu", norm=TwoSlopeNorm(0, -4, 4), origin="lower",
+                                  aspect="auto", extent=(-0.5, epochs - 0.5, 0.5, depth + 0.5))
+                ax.set_xlim(-0.5, len(bp[0]["rank"]) - 0.5)
+                ax.set_yticks(range(1, depth + 1))
+                ax.set_xticks(range(0, len(bp[0]["rank"]), 5))
+            title = f"{experiment.axis} {column}\n" * (i == 0)
+            if kind == "error":
+                title += f"backprop {mean([mean_accuracy(bp)])} %, FA {mean([mean_accuracy(fa)])} %"
+            ax.set_title(title, fontsize=11)
+            ax.set_ylabel(f"{panel}\n{kinds[kind]}\nlayer" if j == 0 else "", fontsize=12)
+            ax.set_xlabel("epoch" if i == len(grid) - 1 else "", fontsize=12)
+    if image is not None:
+        bar = figure.colorbar(image, ax=grid, shrink=0.5, extend="both")
+        bar.set_label("effective rank of FA ÷ of backprop", fontsize=12)
+        bar.set_ticks([-4, -2, 0, 2, 4], labels=["1/16", "1/4", "1", "4", "16"])
+    save(figure, path)
+
+
+class View(NamedTuple):
+    table: Callable
+    draw: Callable
+
+
+VIEWS = {
+    "epochs": View(table, draw_epochs),
+    "quick": View(quick_table, draw_quick),
+    "ranks": View(rank_table, draw_recorded),
+    "sweep": View(sweep_table, draw_sweep),
+    "map": View(map_table, draw_map),
+}
