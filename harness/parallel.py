@@ -101,11 +101,6 @@ def mean(value: Tensor) -> Tensor:
     return total(value) / size()
 
 
-def place() -> tuple[int, int]:
-    """(which process this is, how many there are)"""
-    return index(), size()
-
-
 def share(images: Tensor) -> Tensor:
     """The part of the images, or of their labels, that belongs to this process."""
     return images.tensor_split(size())[index()]

@@ -18,7 +18,7 @@ import sys
 import torch
 sys.path.insert(0, {root!r})
 import data, fa, muon, train
-from harness import parallel
+from harness import flags, parallel
 from torch.nn import functional as F
 
 cases, folder = sys.argv[2:], sys.argv[1]
@@ -30,20 +30,26 @@ if parallel.asked():
     parallel.start(torch.device("cpu"))
 for number, case in enumerate(cases):
     small = ["--device", "cpu", "--width", "4", "--batch-size", "16", "--epochs", "2", "--subset", "64"]
-    args = train.parse([*small, *case.split()])
+    args = flags.parse([*small, *case.split()])
     trainer = train.Trainer(args, data.gratings(64, 30))
     for optimiser, _ in trainer.optimisers:
         for group in optimiser.param_groups:
             if "steps" in group:
                 group["dtype"] = torch.float64
-    lines = [trainer.epoch("") for _ in range(2)]
+    losses, correct = [], 0
+    for epoch in range(2):
+        trainer.model.train()
+        for chosen in data.indices(64, 16, trainer.generator):
+            loss, right, _ = trainer.step(chosen)
+            losses.append(parallel.mean(loss).item())
+            correct += parallel.total(right).item()
     accuracy = trainer.test()
     if parallel.index() == 0:
-        torch.save({{"model": trainer.model.state_dict(), "loss": [line["train_loss"] for line in lines],
-                    "accuracy": [line["train_accuracy"] for line in lines] + [accuracy]}}, f"{{folder}}/{{number}}.pt")
+        torch.save({{"model": trainer.model.state_dict(), "loss": losses, "accuracy": [correct, accuracy]}},
+                   f"{{folder}}/{{number}}.pt")
     weights = torch.cat([p.flatten() for p in trainer.model.state_dict().values() if p.is_floating_point()])
     assert torch.equal(parallel.mean(weights), weights), "the processes have different weights"
-    del trainer, optimiser, group
+    del trainer, optimiser, group, loss
 parallel.stop()
 parallel.leave(0)
 """
@@ -99,17 +105,14 @@ def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "runs").exists()
 
 
-def test_parts_of_a_batch_are_the_batch():
-    images, labels = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24)
-    whole = list(data.batches(images, labels, 8, torch.Generator().manual_seed(0)))
-    parts = []
+def test_shares_of_a_batch_are_the_batch(monkeypatch):
+    """Also one that cannot be divided evenly."""
+    batch, shares = torch.arange(22).view(11, 2), []
+    monkeypatch.setattr(parallel, "size", lambda: 4)
     for k in range(4):
-        generator = torch.Generator().manual_seed(0)
-        parts.append([data.batch(images, labels, chosen, generator, share=(k, 4))
-                      for chosen in data.indices(24, 8, generator)])
-    for i, (x, y) in enumerate(whole):
-        assert torch.equal(torch.cat([part[i][0] for part in parts]), x)
-        assert torch.equal(torch.cat([part[i][1] for part in parts]), y)
+        monkeypatch.setattr(parallel, "index", lambda k=k: k)
+        shares.append(parallel.share(batch))
+    assert torch.equal(torch.cat(shares), batch) and {len(share) for share in shares} == {2, 3}
 
 
 def test_one_process_alone_needs_none_of_it():
@@ -118,4 +121,4 @@ def test_one_process_alone_needs_none_of_it():
     assert parallel.total(v) is v and torch.equal(parallel.mean(v), v)
     model = torch.nn.Linear(2, 2)
     assert parallel.wrap(model, v, v) is model and parallel.leave(3) == 3
-    assert parallel.place() == (0, 1) and torch.equal(parallel.share(v), v)
+    assert torch.equal(parallel.share(v), v)
