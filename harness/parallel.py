@@ -182,11 +182,11 @@ class _Mean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, v: Tensor) -> Tensor:
+    def forward(ctx: Any, v: Tensor) -> Tensor:
         return mean(v)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return mean(gradient)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fa
 import rank
 
 
@@ -67,7 +68,7 @@ class Recorder:
 
     SPECTRUM = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320, 512)
 
-    def __init__(self, model: nn.Module, handle, images: Tensor, labels: Tensor,
+    def __init__(self, model: nn.Module, handle: fa.Attachment, images: Tensor, labels: Tensor,
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy):
         self.model, self.handle, self.images, self.labels, self.loss = model, handle, images, labels, loss
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
@@ -201,7 +202,7 @@ class Trajectory:
 class Recording:
     """A Recorder and a Trajectory over a whole run of `epochs` epochs of `steps_per_epoch` steps."""
 
-    def __init__(self, model: nn.Module, handle, images: Tensor, labels: Tensor, steps_per_epoch: int, epochs:
+    def __init__(self, model: nn.Module, handle: fa.Attachment, images: Tensor, labels: Tensor, steps_per_epoch: int, epochs:
     int):
         self.recorder, self.trajectory = Recorder(model, handle, images, labels), Trajectory(model)
         self.per_epoch = steps_per_epoch

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
 import train
 from harness import parallel
 
