@@ -202,8 +202,8 @@ class Trajectory:
 class Recording:
     """A Recorder and a Trajectory over a whole run of `epochs` epochs of `steps_per_epoch` steps."""
 
-    def __init__(self, model: nn.Module, handle: fa.Attachment, images: Tensor, labels: Tensor, steps_per_epoch: int, epochs:
-    int):
+    def __init__(self, model: nn.Module, handle: fa.Attachment, images: Tensor, labels: Tensor,
+                 steps_per_epoch: int, epochs: int):
         self.recorder, self.trajectory = Recorder(model, handle, images, labels), Trajectory(model)
         self.per_epoch = steps_per_epoch
         self.every = max(1, steps_per_epoch * epochs // 256)    # some 256 rows in all
