@@ -41,7 +41,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator

@@ -1,27 +1,29 @@
 """The networks: an MLP, the 4-layer CNN, ResNets and VGG-11, with or without normalisation.
 
-All are made of stock nn.Linear and nn.Conv2d, so that `fa.attach` finds their layers; a learning rule never needs
-a model of its own. Every hidden layer is followed by a normalisation (norm.py) and a ReLU:
+All are made of stock nn.Linear and nn.Conv2d, so that `fa.attach` finds their layers; a learning rule never
+needs a model of its own. Every hidden layer is followed by a normalisation (norm.py) and a ReLU:
 
     mlp       flatten, 4 × [linear, norm, relu], linear
-    cnn       4 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w channels, strides 1, 2, 2, 2, flatten, linear;
-              with another depth, the layers are spread evenly over those four stages
-    resnet18  3×3 convolution, norm, relu; 8 residual blocks of w, w, 2w, 2w, 4w, 4w, 8w, 8w channels, average, linear
-              (He et al. 2016, with the 3×3 stem and without the max-pool, as is usual for 32×32 images)
+    cnn       4 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w channels, strides 1, 2, 2, 2, flatten,
+              linear; with another depth, the layers are spread evenly over those four stages
+    resnet18  3×3 convolution, norm, relu; 8 residual blocks of w, w, 2w, 2w, 4w, 4w, 8w, 8w channels,
+              average, linear (He et al. 2016, with the 3×3 stem and without the max-pool, as is usual for
+              32×32 images)
     resnet34  the same with 3, 4, 6 and 3 blocks of those channels
-    vgg11     8 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w, 8w, 8w, 8w, 8w channels, halved by max-pooling after the
-              1st, 2nd, 4th, 6th and 8th; average, linear (Simonyan & Zisserman 2015, configuration A, with one linear
-              layer for the three, as is usual for 32×32 images)
+    vgg11     8 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w, 8w, 8w, 8w, 8w channels, halved by
+              max-pooling after the 1st, 2nd, 4th, 6th and 8th; average, linear (Simonyan & Zisserman 2015,
+              configuration A, with one linear layer for the three, as is usual for 32×32 images)
 
-The first layer registered is the stem, the last the classifier; fa.py and muon.py rely on it. Nothing is done in
-place: a backward hook needs the layer's output as it was.
+The first layer registered is the stem, the last the classifier; fa.py and muon.py rely on it. Nothing is done
+in place: a backward hook needs the layer's output as it was.
 
-Initialisation. With normalisation the scale of W does not matter in the forward pass, and the layers keep torch's
-default (uniform in ±1/√fan_in). Without it, that default shrinks the signal to a sixth of its variance in every ReLU
-layer; then hidden weights are drawn by He et al. 2015, N(0, 2/fan_in), which keeps it, and the last convolution of each
-residual block is drawn 1/√blocks smaller, so that the sum over the blocks does not explode (the idea of Zhang et al. 2019,
-Fixup). A layer drawn so remembers how in `layer.initialise`, from which fa.py draws B. `init` chooses the other one, "he" with
-normalisation or "torch" without, to see what depends on it.
+Initialisation. With normalisation the scale of W does not matter in the forward pass, and the layers keep
+torch's default (uniform in ±1/√fan_in). Without it, that default shrinks the signal to a sixth of its
+variance in every ReLU layer; then hidden weights are drawn by He et al. 2015, N(0, 2/fan_in), which keeps it,
+and the last convolution of each residual block is drawn 1/√blocks smaller, so that the sum over the blocks
+does not explode (the idea of Zhang et al. 2019, Fixup). A layer drawn so remembers how in `layer.initialise`,
+from which fa.py draws B. `init` chooses the other one, "he" with normalisation or "torch" without, to see
+what depends on it.
 """
 from __future__ import annotations
 
@@ -55,14 +57,17 @@ def _layer(layer: nn.Linear | nn.Conv2d, init: str, scale: float = 1.0) -> nn.Li
     return layer
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int, norm: str | None, init: str, scale: float = 1.0) -> nn.Conv2d:
+def _conv(inputs: int, outputs: int, kernel: int, stride: int, norm: str | None, init: str,
+          scale: float = 1.0) -> nn.Conv2d:
     """A convolution; where a normalisation follows, that one has the bias."""
-    return _layer(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=norm is None), init, scale)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=norm is None)
+    return _layer(conv, init, scale)
 
 
 def _chosen(init: str | None, norm: str | None) -> str:
     if init not in (None, *INITS):
-        raise ValueError(f"init must be one of {INITS}, or None for the one that suits the norm, not {init!r}")
+        raise ValueError(f"init must be one of {INITS}, or None for the one that suits the norm, "
+                         f"not {init!r}")
     return init or ("he" if norm is None else "torch")
 
 
@@ -84,10 +89,11 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    def __init__(self, classes: int, norm: str | None, width: int, channels: int, size: int, depth: int, init: str):
+    def __init__(self, classes: int, norm: str | None, width: int, channels: int, size: int, depth: int,
+                 init: str):
         super().__init__()
         self.layers, self.norms = nn.ModuleList(), nn.ModuleList()
-        stages = [4 * i // depth for i in range(depth)]                 # 0, 1, 2, 3 for four layers; 0, 2 for two
+        stages = [4 * i // depth for i in range(depth)]             # 0, 1, 2, 3 for four layers; 0, 2 for two
         for stage, before in zip(stages, [0, *stages]):
             outputs, stride = width * (1, 2, 4, 4)[stage], 2 ** (stage - before)
             self.layers.append(_conv(channels, outputs, 3, stride, norm, init))
@@ -102,12 +108,14 @@ class CNN(nn.Module):
 
 
 class Block(nn.Module):
-    """relu(x + branch(x)), where the branch is two convolutions; a 1×1 convolution fits x to another shape."""
+    """relu(x + branch(x)), where the branch is two convolutions; a 1×1 one fits x to another shape."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: str | None, init: str, scale: float):
         super().__init__()
-        self.conv1, self.norm1 = _conv(inputs, outputs, 3, stride, norm, init), normalisation.make(norm, outputs)
-        self.conv2, self.norm2 = _conv(outputs, outputs, 3, 1, norm, init, scale), normalisation.make(norm, outputs)
+        self.conv1 = _conv(inputs, outputs, 3, stride, norm, init)
+        self.norm1 = normalisation.make(norm, outputs)
+        self.conv2 = _conv(outputs, outputs, 3, 1, norm, init, scale)
+        self.norm2 = normalisation.make(norm, outputs)
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
             # Nothing rectifies what the shortcut carries: 1/√2 makes He's initialisation keep its variance.
@@ -120,7 +128,8 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, blocks: tuple[int, ...], classes: int, norm: str | None, width: int, channels: int, init: str):
+    def __init__(self, blocks: tuple[int, ...], classes: int, norm: str | None, width: int, channels: int,
+                 init: str):
         super().__init__()
         self.stem, self.norm = _conv(channels, width, 3, 1, norm, init), normalisation.make(norm, width)
         stages, inputs = [], width
@@ -140,7 +149,7 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    CHANNELS, POOLED = (1, 2, 4, 4, 8, 8, 8, 8), (0, 1, 3, 5, 7)        # in widths; max-pooling after these layers
+    CHANNELS, POOLED = (1, 2, 4, 4, 8, 8, 8, 8), (0, 1, 3, 5, 7)    # in widths; pooled after these layers
 
     def __init__(self, classes: int, norm: str | None, width: int, channels: int, init: str):
         super().__init__()
@@ -161,8 +170,8 @@ class VGG(nn.Module):
 
 def mlp(classes: int = 10, norm: str | None = "batch", width: int = 512, channels: int = 3, size: int = 32,
         depth: int = 4, init: str | None = None) -> MLP:
-    """`depth` hidden layers of `width`; images of (channels, size, size). norm: a kind of norm.KINDS, or None;
-    init: one of INITS, or None for the one that suits the norm."""
+    """`depth` hidden layers of `width`; images of (channels, size, size). norm: a kind of norm.KINDS, or
+    None; init: one of INITS, or None for the one that suits the norm."""
     return MLP(classes, norm, width, channels * size * size, depth, _chosen(init, norm))
 
 
@@ -177,21 +186,21 @@ def resnet18(classes: int = 100, norm: str | None = "batch", width: int = 64, ch
              size: int = 32, init: str | None = None) -> ResNet:
     """ResNet-18 for small images; 11,220,132 parameters for 100 classes with batch norm at width 64.
 
-    `width` channels in the first stage. Works on any `size` (it averages over space), so that one is not used.
-    norm and init as for `cnn`.
+    `width` channels in the first stage. Works on any `size` (it averages over space), so that one is not
+    used. norm and init as for `cnn`.
     """
     return ResNet((2, 2, 2, 2), classes, norm, width, channels, _chosen(init, norm))
 
 
 def resnet34(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,
              size: int = 32, init: str | None = None) -> ResNet:
-    """ResNet-34 for small images; 21,328,292 parameters for 100 classes with batch norm at width 64. As `resnet18`."""
+    """As `resnet18`, deeper: 21,328,292 parameters for 100 classes with batch norm at width 64."""
     return ResNet((3, 4, 6, 3), classes, norm, width, channels, _chosen(init, norm))
 
 
 def vgg11(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,
           size: int = 32, init: str | None = None) -> VGG:
-    """VGG-11 for small images; 9,274,532 parameters for 100 classes with batch norm at width 64. As `resnet18`."""
+    """As `resnet18`, without shortcuts: 9,274,532 parameters for 100 classes with batch norm at width 64."""
     return VGG(classes, norm, width, channels, _chosen(init, norm))
 
 

@@ -1,4 +1,6 @@
-"""Muon: momentum, then an orthogonalised update (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+"""Muon: momentum, then an orthogonalised update.
+
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 
 The gradient of a weight matrix is a sum over samples of δ xᵀ. Its singular values fall off steeply: a few
 directions take nearly all of the step and the others hardly learn. Under feedback alignment it is worse, as δ
@@ -14,9 +16,10 @@ An SVD is slow on a GPU. Newton–Schulz needs matrix products only: with X₀ =
 
     A = X Xᵀ,   X ← a X + (b A + c A²) X      (a, b, c) = (3.4445, -4.7750, 2.0315)
 
-applies  p(σ) = aσ + bσ³ + cσ⁵  to every singular value and leaves the singular vectors alone. The surprising thing: these
-coefficients do not converge to 1. They were chosen for the steepest slope at 0, so that small singular values grow fast
-(3.4445 a step), and large ones then wander within about 0.7 to 1.2, which serves training just as well.
+applies  p(σ) = aσ + bσ³ + cσ⁵  to every singular value and leaves the singular vectors alone. The surprising
+thing: these coefficients do not converge to 1. They were chosen for the steepest slope at 0, so that small
+singular values grow fast (3.4445 a step), and large ones then wander within about 0.7 to 1.2, which serves
+training just as well.
 
 A convolution's weight (out, in, kh, kw) is the matrix (out, in·kh·kw), and out/in above is out/(in·kh·kw).
 Only hidden weights belong to Muon: `split(model)` says which. `python muon.py` shows singular values becoming
@@ -38,45 +41,47 @@ Layers: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # Jordan et al. 2024; torch.optim.Muon has the same
 
 
-def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16, eps: float = 1e-7) -> Tensor:
-    """Approximately orthogonalise each matrix:  P Σ Qᵀ  ->  P S Qᵀ,  S within about [0.7, 1.2] where σ was not tiny.
+def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
+                  eps: float = 1e-7) -> Tensor:
+    """Approximately orthogonalise each matrix:  P Σ Qᵀ  ->  P S Qᵀ,  S in about [0.7, 1.2] for σ not tiny.
 
     matrices  (..., m, n), one matrix or a batch of them
-    steps     iterations; a singular value below about ‖M‖_F / 3.4445^steps does not reach 1 (of a square random
-              matrix the smallest one does not)
-    dtype     of the iteration. bf16 is enough (a Gaussian matrix's result moves by 1 to 1.5 %), and fast where
-              the hardware has it
+    steps     iterations; a singular value below about ‖M‖_F / 3.4445^steps does not reach 1 (the smallest one
+              of a square random matrix does not)
+    dtype     of the iteration. bf16 is enough (a Gaussian matrix's result moves by 1 to 1.5 %), and fast
+              where the hardware has it
     eps       smallest Frobenius norm divided by, so that a zero matrix stays zero
-    returns   (..., m, n) in `dtype`; NaN for a matrix that holds infinity or NaN, zero for one whose squared norm
-              is beyond the range of float32 (of float64, if that is `dtype`)
+    returns   (..., m, n) in `dtype`; NaN for a matrix that holds infinity or NaN, zero for one whose squared
+              norm is beyond the range of float32 (of float64, if that is `dtype`)
     Raises ValueError for fewer than two dimensions.
     """
     if matrices.dim() < 2:
-        raise ValueError(f"Newton–Schulz orthogonalises matrices; this tensor has shape {tuple(matrices.shape)}")
+        raise ValueError("Newton–Schulz orthogonalises matrices; this tensor has shape "
+                         f"{tuple(matrices.shape)}")
     a, b, c = COEFFICIENTS
-    X, multiply_add = matrices.to(dtype), torch.addmm                       # (m, n)
+    X, multiply_add = matrices.to(dtype), torch.addmm                   # (m, n)
     if X.dim() > 2:
-        X, multiply_add = X.flatten(0, -3), torch.baddbmm                   # (k, m, n), each by itself
+        X, multiply_add = X.flatten(0, -3), torch.baddbmm               # (k, m, n), each by itself
     tall = X.shape[-2] > X.shape[-1]
     if tall:
-        X = X.mT                                                            # A is then the smaller Gram matrix
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)               # σ₁ ≤ ‖X‖_F = 1: p's basin
+        X = X.mT                                                        # A is then the smaller Gram matrix
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)           # σ₁ ≤ ‖X‖_F = 1: p's basin
     for _ in range(steps):
         A = X @ X.mT
-        P = multiply_add(A, A, A, beta=b, alpha=c)                          # b A + c A²
-        X = multiply_add(X, P, X, beta=a)                                   # a X + (b A + c A²) X
+        P = multiply_add(A, A, A, beta=b, alpha=c)                      # b A + c A²
+        X = multiply_add(X, P, X, beta=a)                               # a X + (b A + c A²) X
     if tall:
         X = X.mT
     return X.reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton–Schulz, for weights of two or more dimensions, the first being the output.
+    """Momentum orthogonalised by Newton–Schulz, for weights of two or more dimensions, the output first.
 
     params        hidden weights, such as the first of `split(model)`
-    lr            η: the spectral norm of a step on a wide matrix, whatever the gradient's size, unless the momentum's
-                  norm is below 1e-7, which makes the step shorter; a number, or a tensor on the weights'
-                  device, as a CUDA graph needs it
+    lr            η: the spectral norm of a step on a wide matrix, whatever the gradient's size, unless the
+                  momentum's norm is below 1e-7, which makes the step shorter; a number, or a tensor on the
+                  weights' device, as a CUDA graph needs it
     momentum      μ in [0, 1)
     nesterov      look ahead by one more momentum step
     weight_decay  λ, decoupled: the weights shrink by ηλ a step
@@ -91,7 +96,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: Iterable, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True,
                  weight_decay: float = 0.0, steps: int = 5, dtype: torch.dtype = torch.bfloat16):
         if not isinstance(lr, Tensor) and not 0 <= lr < math.inf or not 0 <= weight_decay < math.inf:
-            raise ValueError(f"lr and weight_decay must be finite and at least 0, not {lr} and {weight_decay}")
+            raise ValueError("lr and weight_decay must be finite and at least 0, "
+                             f"not {lr} and {weight_decay}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), not {momentum}")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
@@ -107,12 +113,12 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError("Muon orthogonalises real matrices, not complex ones such as that of shape "
                                  f"{tuple(p.shape)}")
             if p.dim() < 2 or p.numel() == 0:
-                raise ValueError(f"Muon orthogonalises matrices; a parameter of shape {tuple(p.shape)} belongs to "
-                                 "another optimiser (see muon.split)")
+                raise ValueError(f"Muon orthogonalises matrices; a parameter of shape {tuple(p.shape)} "
+                                 "belongs to another optimiser (see muon.split)")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of every parameter that has a gradient. Returns the closure's loss, as torch's optimisers do."""
+        """Update every parameter that has a gradient. Returns the closure's loss, as torch's own do."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -134,16 +140,16 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def orthogonalise(self, updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Each U, a matrix (out, in·kh·kw), made orthogonal. For a subclass to override, which may know another way."""
+        """U -> O for each matrix (out, in·kh·kw). A subclass may know another way."""
         orthogonal = list(updates)
         for indices in _alike(updates):
             stack = [updates[i] for i in indices]
-            if stack[0].is_cpu:                                             # its cache holds one matrix at a time
+            if stack[0].is_cpu:                                         # its cache holds one matrix at a time
                 results = [newton_schulz(U, group["steps"], group["dtype"]) for U in stack]
-            else:                                                           # one batched product for all of a shape
+            else:                                                       # one batched product for a shape
                 results = list(newton_schulz(torch.stack(stack), group["steps"], group["dtype"]))
-            for i, O in zip(indices, results):
-                orthogonal[i] = O
+            for i, result in zip(indices, results):
+                orthogonal[i] = result
         return orthogonal
 
     def _momentum(self, params: list[Tensor], group: dict) -> list[Tensor]:
@@ -167,7 +173,7 @@ def _alike(matrices: list[Tensor]) -> list[list[int]]:
 
 def split(model: nn.Module, stem: Layers | None = None,
           classifier: Layers | None = None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(hidden, others): the parameters for Muon, and those for another optimiser; each trainable one is in exactly one.
+    """(hidden, others): the parameters for Muon, and those for another optimiser; each is in one.
 
     Hidden are the weights of every Linear and Conv2d but the stem, whose input is the data, and the
     classifier, whose output is the classes; for those two, as for gains and biases, "every direction counts
@@ -190,7 +196,8 @@ def split(model: nn.Module, stem: Layers | None = None,
 def _chosen(layers: dict[str, nn.Module], chosen: Layers | None, first: int) -> list[nn.Module]:
     if chosen is None:
         return list(layers.values())[first:][:1]
-    named = [chosen] if isinstance(chosen, str | nn.Module) or not isinstance(chosen, Iterable) else list(chosen)
+    several = isinstance(chosen, Iterable) and not isinstance(chosen, str | nn.Module)
+    named = list(chosen) if several else [chosen]
     found = [layers.get(c) if isinstance(c, str) else c for c in named]
     if any(layer not in list(layers.values()) for layer in found):
         raise ValueError(f"{named} are not all layers of the model, which has {', '.join(layers)}")

@@ -19,8 +19,8 @@ The fourth goes all the way. Batch normalisation gives each channel variance 1; 
 the channels of a group have in common, so that their covariance Σ over N, H, W becomes the identity. It is
 the direct test of the paper's explanation that normalisation works because it makes activations orthogonal:
 
-    whiten  y = gain · Σ^(-1/2) (x - mean) + bias,  for each group of up to 32 channels. ZCA, the whitening that moves x
-            least, by Newton–Schulz (IterNorm: Huang et al. 2019)
+    whiten  y = gain · Σ^(-1/2) (x - mean) + bias,  for each group of up to 32 channels. ZCA, the whitening
+            that moves x least, by Newton–Schulz (IterNorm: Huang et al. 2019)
 
 The surprising thing: only `batch` and `whiten` compare images with each other, and so only they can remove
 what images share. `layer` and `rms` set the scale alone, though all are called normalisation. `python
@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
-    return v.view(1, -1, *[1] * (x.dim() - 2))                          # (C,) -> (1, C, 1, 1) beside (N, C, H, W)
+    return v.view(1, -1, *[1] * (x.dim() - 2))                      # (C,) -> (1, C, 1, 1) beside (N, C, H, W)
 
 
 def standardise(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
@@ -65,7 +65,7 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))    # read by nobody, not counted: only torch's name
+        self.register_buffer("num_batches_tracked", torch.tensor(0))    # not counted: only torch's name
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
@@ -126,7 +126,9 @@ class RMSNorm(nn.Module):
 
 
 def inverse_square_root(S: Tensor, steps: int = 5) -> Tensor:
-    """Σ^(-1/2) of symmetric positive definite (…, g, g), approximately, without a decomposition (Huang et al. 2019, Eq. 6).
+    """Σ^(-1/2) of symmetric positive definite (…, g, g), approximately, without a decomposition.
+
+    Huang et al. 2019, Eq. 6:
 
         P₀ = I,   P ← (3 P - P³ Σ/tr Σ) / 2,   Σ^(-1/2) ≈ P / √tr Σ
 
@@ -146,7 +148,7 @@ class Whitening(nn.Module):
     """ZCA whitening of groups of channels over the batch, (N, C) or (N, C, H, W); gain and bias a channel.
 
     channels  C, in groups of the largest power of two that divides it, at most 32
-    momentum  share of the newest batch in the running mean and (unbiased) running covariance, used in evaluation
+    momentum  share of the newest batch in the running mean and (unbiased) running covariance, for evaluation
     eps       added to the diagonal of Σ
     steps     of Newton–Schulz
     Raises ValueError in training when a channel has a single value, whose variance is not defined.
@@ -161,7 +163,7 @@ class Whitening(nn.Module):
         self.register_buffer("running_covariance", torch.eye(self.group).repeat(channels // self.group, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):              # a covariance in bf16 would be mostly rounding
+        with torch.autocast(x.device.type, enabled=False):      # a covariance in bf16 is mostly rounding
             wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
             rows = wide.movedim(1, 0).reshape(-1, self.group, x.numel() // x.shape[1])      # (C/g, g, N·H·W)
             mean, covariance = self._statistics(rows)
@@ -177,11 +179,12 @@ class Whitening(nn.Module):
         mean, covariance, count = self.of_batch(rows)
         with torch.no_grad():
             self.running_mean.lerp_(mean.flatten().to(self.running_mean), self.momentum)
-            self.running_covariance.lerp_((covariance * count / (count - 1)).to(self.running_covariance), self.momentum)
+            unbiased = (covariance * count / (count - 1)).to(self.running_covariance)
+            self.running_covariance.lerp_(unbiased, self.momentum)
         return mean, covariance
 
     def of_batch(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Mean, covariance and number of the columns of each (g, N·H·W). For a subclass that knows more of the batch."""
+        """Mean, covariance and number of columns of (C/g, g, N·H·W). A subclass may see more."""
         count = rows.shape[-1]
         if count < 2:
             raise ValueError("Expected more than 1 value per channel when training")
@@ -193,11 +196,12 @@ class Whitening(nn.Module):
         return f"{len(self.weight)}, groups of {self.group}"
 
 
-KINDS: dict[str, type[nn.Module]] = {"batch": BatchNorm, "layer": LayerNorm, "rms": RMSNorm, "whiten": Whitening}
+KINDS: dict[str, type[nn.Module]] = {"batch": BatchNorm, "layer": LayerNorm, "rms": RMSNorm,
+                                     "whiten": Whitening}
 
 
 def make(kind: str | None, channels: int) -> nn.Module:
-    """A normalisation layer for `channels` channels; None makes an nn.Identity, a network that is truly norm-free.
+    """A normalisation layer for `channels` channels; None makes an nn.Identity, a network truly without norm.
 
     Raises ValueError for an unknown kind.
     """

@@ -1,11 +1,11 @@
-"""How many directions does a matrix really use, and is that what matters? Measures of rank, and two ways to change it.
+"""How many directions does a matrix really use? Three measures of rank, and two ways to change it.
 
 The rank of a matrix counts the singular values σ₁ ≥ σ₂ ≥ … that are not zero. In floating point none is, so a
 measure must weigh them. With p_i = σ_i / Σσ, the share of direction i:
 
-    effective rank         exp(-Σ p_i log p_i)      Roy & Vetterli 2007: the exponential of the entropy of the shares
-    participation ratio    (Σ σ²)² / Σ σ⁴           counts energy, so it is ruled by the few largest directions
-    stable rank            ‖M‖_F² / σ₁² = Σ σ² / σ₁²
+    effective rank        exp(-Σ p_i log p_i)    Roy & Vetterli 2007: the exponential of the shares' entropy
+    participation ratio   (Σ σ²)² / Σ σ⁴         counts energy, so it is ruled by the few largest directions
+    stable rank           ‖M‖_F² / σ₁² = Σ σ² / σ₁²
 
 All lie between 1 and min(m, n), are n for n equal singular values, do not change when M is scaled or rotated,
 and are defined as 0 for a zero matrix. The literature mixes up their names: look at the formula. The
@@ -22,18 +22,18 @@ measured:
 The singular values come from a Gram matrix of the smaller side in float64 (σ² are its eigenvalues): for 512 ×
 4608 that is four times faster than an SVD, and float64 keeps what squaring loses.
 
-That feedback alignment has updates of low rank and a low accuracy does not show that the one causes the other. An
-intervention can. The update of a weight matrix that an optimiser is about to apply is  ΔW = Σ_i σ_i p_i q_iᵀ.  Two
-changes are made to its singular values, and neither to its singular vectors nor to its norm √Σσ²:
+That feedback alignment has updates of low rank and a low accuracy does not show that the one causes the
+other. An intervention can. Write the update that an optimiser is about to apply as  ΔW = Σ_i σ_i p_i q_iᵀ.
+Each of two changes alters its singular values, but neither its singular vectors nor its norm √Σσ²:
 
-    cut        σ_i ← c σ_i  for i ≤ r,  0 for i > r       low rank forced upon backprop: is it hurt?
-    flatten    σ_i ← c      for all i                     full rank forced upon feedback alignment: is it helped?
+    cut        σ_i ← c σ_i  for i ≤ r,  0 for i > r     low rank forced upon backprop: is it hurt?
+    flatten    σ_i ← c      for all i                   full rank forced upon FA: is it helped?
 
 with c such that the norm stays. Both work on the update really applied, momentum and weight decay included,
 of any optimiser. Flattening is what Muon does, up to the step's length: Muon's is the same in every step,
 here it is still the gradient that decides how far to go.
 
-    python rank.py                                              # some known matrices, cut and flattened ones too
+    python rank.py                                              # some known matrices, one cut and flattened
     python train.py --rule bp --cut 4                           # backprop with updates of rank 4
     python train.py --rule fa --flatten                         # feedback alignment with updates of full rank
     python train.py --muon --norm --rank                        # record the measures into the run's folder
@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-# ---- measures ------------------------------------------------------------------------------------------------
+# ---- measures ----------------------------------------------------------------------------------------------
 
 def singular_values(matrix: Tensor) -> Tensor:
     """σ of an (m, n) matrix, float64 (min(m, n),), largest first. Below about 1e-8 σ₁ they are rounding.
@@ -74,7 +74,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """exp(-Σ p log p), p = σ/Σσ, of an (m, n) matrix: 1 to min(m, n); 0 for a zero matrix (Roy & Vetterli 2007)."""
+    """exp(-Σ p log p), p = σ/Σσ, of an (m, n) matrix: 1 to min(m, n); 0 for a zero matrix."""
     return measures(singular_values(matrix))["effective_rank"]
 
 
@@ -99,15 +99,17 @@ def measures(sigma: Tensor) -> dict[str, float]:
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """Angle between two tensors of one shape, taken as vectors, in degrees: 0 same direction, 90 unrelated, 180 opposite.
+    """Angle in degrees between two tensors of one shape, taken as vectors.
 
+    0 means the same direction, 90 unrelated ones, 180 opposite ones.
     NaN where one of them is zero. Raises ValueError if the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"no angle between shapes {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = (v.detach().flatten().double() for v in (a, b))
     a, b = a / a.norm(), b / b.norm()
-    return (2 * torch.atan2((a - b).norm(), (a + b).norm())).rad2deg().item()   # exact near 0 and 180, unlike arccos
+    half = torch.atan2((a - b).norm(), (a + b).norm())          # exact near 0 and 180, unlike arccos
+    return 2 * half.rad2deg().item()
 
 
 def mean_cosine(rows: Tensor) -> float:
@@ -121,11 +123,14 @@ def mean_cosine(rows: Tensor) -> float:
     return ((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1))).item()
 
 
-# ---- interventions -------------------------------------------------------------------------------------------
+# ---- interventions -----------------------------------------------------------------------------------------
 
 def cut(update: Tensor, r: int) -> Tensor:
-    """Keep the `r` largest singular values of an (m, n) matrix, scaled so that the Frobenius norm stays; r ≥ 1."""
-    return reshape(update, lambda sigma: torch.where(torch.arange(len(sigma), device=sigma.device) < r, sigma, 0))
+    """Keep the `r` largest singular values of an (m, n) matrix, scaled so that its norm stays; r ≥ 1."""
+    def change(sigma: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(sigma), device=sigma.device) < r, sigma, 0)
+
+    return reshape(update, change)
 
 
 def flatten(update: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ def flatten(update: Tensor) -> Tensor:
 
 
 def reshape(update: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """P Σ Qᵀ -> c P change(Σ) Qᵀ, where c keeps the Frobenius norm. A zero or non-finite update is returned as it is."""
+    """P Σ Qᵀ -> c P change(Σ) Qᵀ, where c keeps the Frobenius norm. What is zero or not finite stays."""
     norm = update.norm()
     if norm == 0 or not norm.isfinite():
         return update
@@ -149,7 +154,7 @@ def reshape(update: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def updates(weights: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put this around optimiser.step(): change(update) then replaces each weight's update, a matrix (out, in·kh·kw)."""
+    """Put this around optimiser.step(): change(update) then replaces each update (out, in·kh·kw)."""
     weights = [w.detach() for w in weights]             # shares memory with the parameter
     before = [w.clone() for w in weights]
     yield

@@ -35,17 +35,18 @@ import norm
 from harness import recorder
 
 
-# ---- the processes -----------------------------------------------------------------------------------------------
+# ---- the processes -----------------------------------------------------------------------------------------
 
 def asked() -> bool:
-    """Was this process started by torchrun, as one of several? Raises ValueError for what another launcher left behind."""
+    """Did torchrun start this process as one of several? Raises ValueError for a half of its variables."""
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdecimal():
         raise ValueError(f"the environment variable WORLD_SIZE is {size!r}, which is no number; unset it")
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if int(size) > 1 and missing:
-        raise ValueError(f"the environment variable WORLD_SIZE is {size}, but {', '.join(missing)} are not set; "
-                         "unset it, or start with torchrun")
+        raise ValueError(f"the environment variable WORLD_SIZE is {size}, but {', '.join(missing)} are not "
+                         "set; unset it, or start with torchrun")
     return int(size) > 1
 
 
@@ -58,18 +59,19 @@ def start(device: torch.device) -> None:
 
 
 def stop(together: bool = True) -> None:
-    """Leave the others. `together` waits until all are done, as they must be when the connection closes; an error of one
-    process alone must not wait."""
+    """Leave the others. `together` waits until all are done, as they must be when the connection closes;
+    after an error of one process alone there is nothing to wait for."""
     if dist.is_initialized():
         if together:
             dist.barrier()
-        gc.collect()                                            # a DistributedDataParallel left over would keep its threads
+        gc.collect()                            # a DistributedDataParallel left over would keep its threads
         dist.destroy_process_group()
 
 
 def leave(status: int) -> int:
-    """The status, to exit with. One of several processes ends here and at once: gloo's threads now and then abort a
-    process that winds down by itself ("terminate called without an active exception"), though its work is done."""
+    """The status, to exit with. One of several processes ends here and at once: gloo's threads now and then
+    abort a process that winds down by itself, all its work done ("terminate called without an active
+    exception")."""
     if asked():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -99,24 +101,19 @@ def mean(value: Tensor) -> Tensor:
     return total(value) / size()
 
 
-def place() -> tuple[int, int]:
-    """(which process this is, how many there are)"""
-    return index(), size()
-
-
 def share(images: Tensor) -> Tensor:
     """The part of the images, or of their labels, that belongs to this process."""
     return images.tensor_split(size())[index()]
 
 
-# ---- the lessons' parts, over all processes ----------------------------------------------------------------------
+# ---- the lessons' parts, over all processes ----------------------------------------------------------------
 
 def wrap(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
     """The model as one that averages gradients after each backward pass; with one process, the model itself.
 
-    images, labels   a few, as the model reads them, to see which parameters a backward pass reaches. The others, such
-                     as frozen layers or feedback that learns by taking over its weight's gradient, are left
-                     out: DistributedDataParallel would wait for them.
+    images, labels   a few, as the model reads them, to see which parameters a backward pass reaches. The
+                     others, such as frozen layers or feedback that learns by its weight's gradient,
+                     are left out: DistributedDataParallel would wait for them.
     Weights and buffers are sent once, here, and never again. The model's own normalisation layers become
     those below.
     """
@@ -128,13 +125,16 @@ def wrap(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
         F.cross_entropy(model(images), labels).backward()
         reached = {name for name, p in model.named_parameters() if p.grad is not None}
     for layer in model.modules():
-        layer.__class__ = {norm.BatchNorm: BatchNorm, norm.Whitening: Whitening}.get(type(layer), type(layer))
+        if type(layer) is norm.BatchNorm:
+            layer.__class__ = BatchNorm
+        elif type(layer) is norm.Whitening:
+            layer.__class__ = Whitening
     left_out = {name: p for name, p in model.named_parameters() if name not in reached}
     for p in left_out.values():
-        # Statistics over all processes make zeros of an error that never came, and weight decay would act on p.
+        # Statistics over all processes make zeros of an error that never came, and p would decay.
         p.register_post_accumulate_grad_hook(_forget)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(left_out))
-    parameters = inspect.signature(DistributedDataParallel).parameters         # torch 2.12 renamed the one that is meant
+    parameters = inspect.signature(DistributedDataParallel).parameters      # torch 2.12 renamed this one
     never = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return DistributedDataParallel(model, **{never: False})
 
@@ -150,8 +150,8 @@ class BatchNorm(norm.BatchNorm):
         if not self.training:
             return super().forward(x)
         if x.is_cuda:
-            return SyncBatchNorm.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
-                                       self.momentum, dist.group.WORLD, size())
+            return SyncBatchNorm.apply(x, self.weight, self.bias, self.running_mean, self.running_var,
+                                       self.eps, self.momentum, dist.group.WORLD, size())
         axes, count = (0, *range(2, x.dim())), size() * x.numel() // x.shape[1]
         shape = (1, -1, *[1] * (x.dim() - 2))
         with torch.autocast(x.device.type, enabled=False):
@@ -176,27 +176,27 @@ class Whitening(norm.Whitening):
 
 
 class _Mean(torch.autograd.Function):
-    """`mean`, for autograd: each v counts 1/n in every process's mean, so its gradient is the mean of all gradients.
+    """`mean`, for autograd: v counts 1/n in every process's mean, so its gradient is the mean of theirs.
 
     torch has this too, but under another name in each of the versions that we support.
     """
 
     @staticmethod
-    def forward(ctx, v: Tensor) -> Tensor:
+    def forward(ctx: Any, v: Tensor) -> Tensor:
         return mean(v)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return mean(gradient)
 
 
 class Muon(muon.Muon):
-    """muon.Muon, of whose matrices each process orthogonalises about as much as the others, and gets the rest from them."""
+    """muon.Muon, where each process orthogonalises a share of the matrices and the others get the result."""
 
     def orthogonalise(self, updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         work = [U.numel() * min(U.shape) for U in updates]
         loads, mine = [0] * size(), []
-        for i in sorted(range(len(updates)), key=lambda i: -work[i]):       # the largest first, to whom has the least
+        for i in sorted(range(len(updates)), key=lambda i: -work[i]):   # the largest first, to whom has least
             k = loads.index(min(loads))
             loads[k] += work[i]
             if k == index():
@@ -204,6 +204,7 @@ class Muon(muon.Muon):
         mine.sort()
         done = dict(zip(mine, super().orthogonalise([updates[i] for i in mine], group)))
         every = [done[i].to(U) if i in done else torch.zeros_like(U) for i, U in enumerate(updates)]
-        flat = torch.cat([O.flatten() for O in every])
-        dist.all_reduce(flat)                                               # what another process did is zero here
-        return [O.view(U.shape) for O, U in zip(flat.split([U.numel() for U in updates]), updates)]
+        flat = torch.cat([result.flatten() for result in every])
+        dist.all_reduce(flat)                           # what another process did is zero here
+        parts = flat.split([U.numel() for U in updates])
+        return [part.view(U.shape) for part, U in zip(parts, updates)]

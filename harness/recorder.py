@@ -10,17 +10,19 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fa
 import rank
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A place to run the model in float32 (no autocast, no TF32) and leave no trace in it or in the random generators."""
+    """A place to run the model in float32 (no autocast, no TF32) and leave no trace behind."""
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]
@@ -28,8 +30,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = next(model.parameters()).device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.autocast(device.type, enabled=False), \
-                torch.enable_grad():
+        with (torch.random.fork_rng([device] if device.type == "cuda" else []),
+              torch.autocast(device.type, enabled=False), torch.enable_grad()):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
@@ -66,7 +68,7 @@ class Recorder:
 
     SPECTRUM = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320, 512)
 
-    def __init__(self, model: nn.Module, handle, images: Tensor, labels: Tensor,
+    def __init__(self, model: nn.Module, handle: fa.Attachment, images: Tensor, labels: Tensor,
                  loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy):
         self.model, self.handle, self.images, self.labels, self.loss = model, handle, images, labels, loss
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
@@ -74,7 +76,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def watch_update(self) -> Iterator[None]:
-        """Put this around optimiser.step(): the next measure() then knows the update that was really applied."""
+        """Put this around optimiser.step(): the next measure() then knows the update that was applied."""
         before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         yield
         self._updates = {name: layer.weight.detach() - before[name] for name, layer in self.layers.items()}
@@ -95,8 +97,10 @@ class Recorder:
         for name in inputs:
             layer = self.layers[name]
             spectrum = self._sigma(errors[name])
-            relative = [] if spectrum is None else [(spectrum[i - 1] / spectrum[0]).item() if spectrum[0] > 0 else 0.0
-                                                    for i in self.SPECTRUM if i <= len(spectrum)]
+            relative = []
+            if spectrum is not None:
+                relative = [(spectrum[i - 1] / spectrum[0]).item() if spectrum[0] > 0 else 0.0
+                            for i in self.SPECTRUM if i <= len(spectrum)]
             line = {"error": self._measured(errors[name], spectrum),
                     "gradient": self._measured(gradients[name]),
                     "activation": self._measured(inputs[name]),
@@ -108,7 +112,8 @@ class Recorder:
             feedback = getattr(layer, "feedback", None)
             if feedback is not None and feedback.shape == layer.weight.shape:
                 line["angle_weight"] = rank.angle(layer.weight, feedback)
-            record[name] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            record[name] = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                            for key, value in line.items()}
         return record
 
     @staticmethod
@@ -121,26 +126,30 @@ class Recorder:
         return None if sigma is None else {**rank.measures(sigma), "ceiling": len(sigma)}
 
     def _backward(self) -> tuple[dict, dict, dict]:
-        """The input of each layer that was called, the error at its output, and its weight gradient, by the rule in force."""
+        """By the rule in force: each called layer's input, the error at its output, and its gradient."""
         calls: dict[str, tuple[Tensor, Tensor]] = {}
-        hooks = [layer.register_forward_hook(lambda layer, args, named, y, name=name:
-                                             calls.update({name: ((*args, *named.values())[0].detach(), y)}), with_kwargs=True)
+
+        def remember(name: str, layer: nn.Module, args: tuple, named: dict, output: Tensor) -> None:
+            calls[name] = ((*args, *named.values())[0].detach(), output)
+
+        hooks = [layer.register_forward_hook(partial(remember, name), with_kwargs=True)
                  for name, layer in self.layers.items()]
         try:
             loss = self.loss(self.model(self.images), self.labels)
         finally:
             for hook in hooks:
                 hook.remove()
-        ran = [name for name in self.layers if name in calls]               # attention calls not all of its layers
+        ran = [name for name in self.layers if name in calls]       # attention does not call all of its own
         tensors = [*(calls[name][1] for name in ran), *(self.layers[name].weight for name in ran)]
         wanted = [t for t in tensors if t.requires_grad]
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
-        both = [next(found) if t.requires_grad else torch.zeros_like(t) for t in tensors]   # no error is one of zeros
+        # Where none was wanted, the error is zero.
+        both = [next(found) if t.requires_grad else torch.zeros_like(t) for t in tensors]
         return {name: calls[name][0] for name in ran}, dict(zip(ran, both)), dict(zip(ran, both[len(ran):]))
 
 
 class Trajectory:
-    """Gradients of successive steps as rows of a matrix, a layer each and all together: do they explore many directions?
+    """Gradients of successive steps as rows of a matrix: do they explore many directions?
 
     A row per gradient would take steps × weights numbers. A count sketch keeps `size` of them: weight i is
     added, with a fixed random sign, to place i mod size. Inner products of rows, and so singular values, are
@@ -185,17 +194,19 @@ class Trajectory:
         None where a row holds infinite or NaN values.
         """
         stacks = {name: torch.stack(rows) for name, rows in self.rows.items() if rows}
-        return {name: {"rows": len(rows), "effective_rank": rank.effective_rank(rows), "window": rank.effective_rank(rows[-window:])}
-                if rows.isfinite().all() else None for name, rows in stacks.items()}
+        return {name: {"rows": len(rows), "effective_rank": rank.effective_rank(rows),
+                       "window": rank.effective_rank(rows[-window:])} if rows.isfinite().all() else None
+                for name, rows in stacks.items()}
 
 
 class Recording:
     """A Recorder and a Trajectory over a whole run of `epochs` epochs of `steps_per_epoch` steps."""
 
-    def __init__(self, model: nn.Module, handle, images: Tensor, labels: Tensor, steps_per_epoch: int, epochs:
-    int):
+    def __init__(self, model: nn.Module, handle: fa.Attachment, images: Tensor, labels: Tensor,
+                 steps_per_epoch: int, epochs: int):
         self.recorder, self.trajectory = Recorder(model, handle, images, labels), Trajectory(model)
-        self.per_epoch, self.every = steps_per_epoch, max(1, steps_per_epoch * epochs // 256)   # some 256 rows in all
+        self.per_epoch = steps_per_epoch
+        self.every = max(1, steps_per_epoch * epochs // 256)    # some 256 rows in all
         self.taken = 0
 
     @contextlib.contextmanager
@@ -203,7 +214,7 @@ class Recording:
         """Put this around every optimiser step: after backward(), with the gradients of the step in place."""
         if self.taken % self.every == 0:
             self.trajectory.add()
-        # The update of an epoch's first step: at the very end the learning rate is so small that it is mostly rounding.
+        # The update of an epoch's first step: at the very end the learning rate leaves little but rounding.
         first = self.taken % self.per_epoch == 0
         with self.recorder.watch_update() if first else contextlib.nullcontext():
             yield

@@ -10,8 +10,9 @@ from torch import nn
 import models
 import muon
 
-needs_reference = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no torch.optim.Muon")
-SHAPES = [(64, 128), (64, 128), (128, 64), (100, 100), (48, 300), (10, 300), (300, 10), (1, 5), (16, 72), (16, 72)]
+needs_reference = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+SHAPES = [(64, 128), (64, 128), (128, 64), (100, 100), (48, 300), (10, 300), (300, 10), (1, 5), (16, 72),
+          (16, 72)]
 
 
 def parameters(shapes, device="cpu"):
@@ -42,7 +43,8 @@ def test_equals_torchs_muon(kwargs, device):
             if device.type == "cpu":
                 assert torch.equal(p, q)
             else:                           # a GPU adds the bf16 products of a batch in another order
-                assert (p - q).abs().max() < 0.02 * kwargs["lr"] * (step + 1) * max(1, p.shape[0] / p.shape[1]) ** 0.5
+                scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+                assert (p - q).abs().max() < 0.02 * kwargs["lr"] * (step + 1) * scale
 
 
 @needs_reference
@@ -144,7 +146,7 @@ def test_optimiser_manners():
 
 
 def test_a_subclass_may_orthogonalise_otherwise():
-    """What harness/parallel.py and an experiment of yours rest upon: matrices go in, and what comes out is applied."""
+    """harness/parallel.py rests upon it: matrices go in, and what comes out is applied."""
     class BySVD(muon.Muon):
         def orthogonalise(self, updates, group):
             assert [tuple(U.shape) for U in updates] == [(6, 18), (5, 4)]
@@ -159,8 +161,8 @@ def test_a_subclass_may_orthogonalise_otherwise():
         assert torch.allclose(step, torch.full_like(step, 0.1 * scale), atol=1e-5)
 
 
-@pytest.mark.parametrize("kwargs", [dict(lr=-1), dict(lr=float("nan")), dict(lr=float("inf")), dict(momentum=1),
-                                    dict(momentum=-0.1), dict(weight_decay=-1)], ids=str)
+@pytest.mark.parametrize("kwargs", [dict(lr=-1), dict(lr=float("nan")), dict(lr=float("inf")),
+                                    dict(momentum=1), dict(momentum=-0.1), dict(weight_decay=-1)], ids=str)
 def test_hyperparameters_out_of_range(kwargs):
     with pytest.raises(ValueError):
         muon.Muon(parameters([(2, 2)]), **kwargs)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fa
 import muon
-import rank
+from harness import recorder
 from test_fa import Transport, gradients, relative
 
 
@@ -622,7 +622,7 @@ def test_the_recorder_leaves_no_trace_in_a_model_with_a_rule():
     model = network(torch.float32)
     handle = fa.attach(model, fa.FA())
     before = {name: dict(vars(m)) for name, m in model.named_modules()}
-    rank.Recorder(model, handle, X.float(), LABELS).measure()
+    recorder.Recorder(model, handle, X.float(), LABELS).measure()
     for name, m in model.named_modules():
         now = {k: v for k, v in vars(m).items() if not isinstance(v, types.SimpleNamespace)}
         assert now.keys() == {k for k, v in before[name].items() if not isinstance(v, types.SimpleNamespace)}

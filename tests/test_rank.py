@@ -1,4 +1,4 @@
-"""rank.py: the measures, against matrices whose answer is known by hand, and an SVD; cut and flatten, against an SVD."""
+"""rank.py against matrices whose answer is known by hand, and an SVD."""
 import math
 
 import pytest
@@ -29,7 +29,8 @@ def test_n_equal_singular_values_have_rank_n(measure, n):
 
 def test_two_unequal_singular_values_by_hand():
     M = with_spectrum([3.0, 1.0])
-    assert rank.effective_rank(M) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), rel=1e-5)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert rank.effective_rank(M) == pytest.approx(math.exp(entropy), rel=1e-5)
     assert rank.participation_ratio(M) == pytest.approx((9 + 1) ** 2 / (81 + 1))
     assert rank.stable_rank(M) == pytest.approx((9 + 1) / 9)
 
@@ -82,7 +83,7 @@ def test_mean_cosine():
     assert rank.mean_cosine(rows) == pytest.approx((1 + 0 + 0) / 3)
 
 
-# ---- cut and flatten -----------------------------------------------------------------------------------------
+# ---- cut and flatten ---------------------------------------------------------------------------------------
 
 SHAPES = [(12, 30), (30, 12), (16, 16)]
 
@@ -115,7 +116,7 @@ def test_flatten_keeps_singular_vectors_and_norm_and_nothing_else(shape):
 
 def test_flatten_is_muon_but_for_the_length():
     M = made(40, 90)
-    orthogonal = muon.newton_schulz(M, steps=12, dtype=torch.float64)           # its singular values stay in [0.68, 1.13]
+    orthogonal = muon.newton_schulz(M, steps=12, dtype=torch.float64)   # singular values within [0.68, 1.13]
     assert rank.angle(rank.flatten(M), orthogonal) < 12
 
 
@@ -132,7 +133,8 @@ def test_what_has_no_singular_values_passes(change, value):
 def test_the_update_of_any_optimiser_is_replaced(make, layout):
     def weights():
         torch.manual_seed(0)
-        return torch.nn.Parameter(torch.randn(6, 4, 3, 3).to(memory_format=layout)), torch.nn.Parameter(torch.randn(5, 6))
+        kernels = torch.randn(6, 4, 3, 3).to(memory_format=layout)
+        return torch.nn.Parameter(kernels), torch.nn.Parameter(torch.randn(5, 6))
 
     plain, changed = weights(), weights()
     for params in (plain, changed):
@@ -144,5 +146,6 @@ def test_the_update_of_any_optimiser_is_replaced(make, layout):
         make(changed).step()
     wanted = rank.cut((plain[0].detach() - was[0]).flatten(1), 2).view_as(was[0])
     assert torch.allclose(changed[0], was[0] + wanted, atol=1e-6)
-    assert not torch.allclose(changed[0], plain[0], atol=1e-3) and torch.equal(changed[1], plain[1])    # only what was named
+    assert not torch.allclose(changed[0], plain[0], atol=1e-3)
+    assert torch.equal(changed[1], plain[1])                    # only what was named
     assert changed[0].stride() == plain[0].stride()

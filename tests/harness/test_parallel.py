@@ -8,17 +8,16 @@ import pytest
 import torch
 from conftest import ROOT
 
-import norm
 import train
 from harness import parallel
 
-# Run by two processes under torchrun, and by one alone: a few steps in float64 for each case, to a file a case.
+# Run by two processes under torchrun, and by one alone: a few steps in float64 a case, to a file a case.
 WORKER = """
 import sys
 import torch
 sys.path.insert(0, {root!r})
 import data, fa, muon, train
-from harness import parallel
+from harness import flags, parallel
 from torch.nn import functional as F
 
 cases, folder = sys.argv[2:], sys.argv[1]
@@ -30,31 +29,38 @@ if parallel.asked():
     parallel.start(torch.device("cpu"))
 for number, case in enumerate(cases):
     small = ["--device", "cpu", "--width", "4", "--batch-size", "16", "--epochs", "2", "--subset", "64"]
-    args = train.parse([*small, *case.split()])
+    args = flags.parse([*small, *case.split()])
     trainer = train.Trainer(args, data.gratings(64, 30))
     for optimiser, _ in trainer.optimisers:
         for group in optimiser.param_groups:
             if "steps" in group:
                 group["dtype"] = torch.float64
-    lines = [trainer.epoch("") for _ in range(2)]
+    losses, correct = [], 0
+    for epoch in range(2):
+        trainer.model.train()
+        for chosen in data.indices(64, 16, trainer.generator):
+            loss, right, _ = trainer.step(chosen)
+            losses.append(parallel.mean(loss).item())
+            correct += parallel.total(right).item()
     accuracy = trainer.test()
     if parallel.index() == 0:
-        torch.save({{"model": trainer.model.state_dict(), "loss": [line["train_loss"] for line in lines],
-                    "accuracy": [line["train_accuracy"] for line in lines] + [accuracy]}}, f"{{folder}}/{{number}}.pt")
+        torch.save({{"model": trainer.model.state_dict(), "loss": losses, "accuracy": [correct, accuracy]}},
+                   f"{{folder}}/{{number}}.pt")
     weights = torch.cat([p.flatten() for p in trainer.model.state_dict().values() if p.is_floating_point()])
-    assert parallel.size() == 1 or torch.equal(parallel.mean(weights), weights), "the processes have different weights"
-    del trainer, optimiser, group
+    assert torch.equal(parallel.mean(weights), weights), "the processes have different weights"
+    del trainer, optimiser, group, loss
 parallel.stop()
 parallel.leave(0)
 """
 CASES = ["--rule fa --norm", "--rule fa --muon --norm whiten", "--rule kp --muon", "--rule dfa --norm layer",
-         "--rule frozen --norm --model mlp --weight-decay 0.1", "--rule bp --norm --model resnet18 --width 8", "--rule sign --rank"]
+         "--rule frozen --norm --model mlp --weight-decay 0.1", "--rule bp --norm --model resnet18 --width 8",
+         "--rule sign --rank"]
 
 
 def launch(tmp_path, *command, processes):
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
-    return subprocess.run([sys.executable, *torchrun * (processes > 1), *command], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    return subprocess.run([sys.executable, *torchrun * (processes > 1), *command], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +81,13 @@ def test_two_processes_end_with_the_weights_of_one(case, both):
     assert alone["model"].keys() == together["model"].keys()
     for name, value in alone["model"].items():
         assert torch.allclose(value, together["model"][name], rtol=1e-6, atol=1e-9), name
-    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-7) and together["accuracy"] == alone["accuracy"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-7)
+    assert together["accuracy"] == alone["accuracy"]
 
 
 def test_only_one_process_speaks_and_writes(tmp_path):
-    done = launch(tmp_path, str(ROOT / "train.py"), "--muon", "--norm", "--subset", "64", "--width", "4", "--epochs", "2",
-                  "--device", "cpu", "--rank", processes=2)
+    done = launch(tmp_path, str(ROOT / "train.py"), "--muon", "--norm", "--subset", "64", "--width", "4",
+                  "--epochs", "2", "--device", "cpu", "--rank", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("epoch   1/2") == 1 and done.stdout.count("final test accuracy") == 1
     assert "Warning" not in done.stderr, done.stderr
@@ -97,10 +104,20 @@ def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "runs").exists()
 
 
+def test_shares_of_a_batch_are_the_batch(monkeypatch):
+    """Also one that cannot be divided evenly."""
+    batch, shares = torch.arange(22).view(11, 2), []
+    monkeypatch.setattr(parallel, "size", lambda: 4)
+    for k in range(4):
+        monkeypatch.setattr(parallel, "index", lambda k=k: k)
+        shares.append(parallel.share(batch))
+    assert torch.equal(torch.cat(shares), batch) and {len(share) for share in shares} == {2, 3}
+
+
 def test_one_process_alone_needs_none_of_it():
     v = torch.randn(3)
     assert not parallel.asked() and parallel.size() == 1 and parallel.index() == 0
     assert parallel.total(v) is v and torch.equal(parallel.mean(v), v)
     model = torch.nn.Linear(2, 2)
     assert parallel.wrap(model, v, v) is model and parallel.leave(3) == 3
-    assert parallel.place() == (0, 1) and torch.equal(parallel.share(v), v)
+    assert torch.equal(parallel.share(v), v)

@@ -31,20 +31,23 @@ def test_the_recorder_measures_what_autograd_computes():
         inputs[name] = args[0].detach()
         y.register_hook(lambda g: errors.__setitem__(name, g))
 
-    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(watch, name=name)) for name in names]
+    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(watch, name=name))
+             for name in names]
     F.cross_entropy(model(x), labels).backward()
     for hook in hooks:
         hook.remove()
     with handle.exact():
-        true = torch.autograd.grad(F.cross_entropy(model(x), labels), [model.get_submodule(n).weight for n in names])
+        weights = [model.get_submodule(name).weight for name in names]
+        true = torch.autograd.grad(F.cross_entropy(model(x), labels), weights)
     record = recorder.Recorder(model, handle, x, labels).measure()
     assert list(record) == names
     for name, exact in zip(names, true):
         layer, line = model.get_submodule(name), record[name]
-        for kind, tensor in {"error": errors[name], "gradient": layer.weight.grad, "activation": inputs[name]}.items():
-            assert line[kind]["effective_rank"] == pytest.approx(rank.effective_rank(tensor.flatten(1)), rel=1e-3)
-            assert line[kind]["stable_rank"] == pytest.approx(rank.stable_rank(tensor.flatten(1)), rel=1e-3)
-            assert line[kind]["ceiling"] == min(tensor.flatten(1).shape)
+        tensors = {"error": errors[name], "gradient": layer.weight.grad, "activation": inputs[name]}
+        for kind, matrix in ((kind, tensor.flatten(1)) for kind, tensor in tensors.items()):
+            assert line[kind]["effective_rank"] == pytest.approx(rank.effective_rank(matrix), rel=1e-3)
+            assert line[kind]["stable_rank"] == pytest.approx(rank.stable_rank(matrix), rel=1e-3)
+            assert line[kind]["ceiling"] == min(matrix.shape)
         assert line["spectrum"][0] == 1 and len(line["spectrum"]) <= len(recorder.Recorder.SPECTRUM)
         assert line["cosine"] == pytest.approx(rank.mean_cosine(inputs[name].flatten(1)))
         assert line["angle_gradient"] == pytest.approx(rank.angle(layer.weight.grad, exact), abs=0.05)
@@ -54,7 +57,7 @@ def test_the_recorder_measures_what_autograd_computes():
 
 
 class Odd(nn.Module):
-    """A layer that never runs, one that gets its input by name, a frozen stem, and attention, which calls no out_proj."""
+    """A layer that never runs, one fed by name, a frozen stem, and attention, which calls no out_proj."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +111,7 @@ def test_the_update_is_the_one_that_was_applied():
         optimiser.step()
     expected = rank.effective_rank((model.layers[1].weight.detach() - before).flatten(1))
     update = watcher.measure()["layers.1"]["update"]
-    assert update["effective_rank"] == pytest.approx(expected) and expected > 7.5       # of 8: Muon's is nearly full
+    assert update["effective_rank"] == pytest.approx(expected) and expected > 7.5   # of 8: nearly full
 
 
 def test_an_overflow_is_recorded_as_none():
@@ -143,7 +146,7 @@ def test_the_sketch_changes_the_measured_rank_by_less_than_5_percent(true_rank):
 
 
 def test_a_recording_is_both_over_a_run_and_goes_on_where_it_was():
-    """2 epochs of 200 steps: the update is that of an epoch's first step, and 256 to 512 steps leave a row each."""
+    """3 epochs of 200 steps: the update is that of an epoch's first step, every second step leaves a row."""
     model, handle, x, labels = small()
     recording = recorder.Recording(model, handle, x, labels, steps_per_epoch=200, epochs=3)
     F.cross_entropy(model(x), labels).backward()
