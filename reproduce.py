@@ -137,7 +137,7 @@ def tables(folder: Path) -> dict[str, str]:
     if {"cifar100-small", "cifar100"} <= found.keys():
         small, full = found["cifar100-small"], found["cifar100"]
         table = report.headline(EXPERIMENTS["cifar100-small"], small, EXPERIMENTS["cifar100"], full)
-        content["headline"] = experiments.noted(table, small + full)
+        content["headline"] = experiments.noted(table, small + full, gap=" ")
     return content
 
 

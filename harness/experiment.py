@@ -143,12 +143,12 @@ def table(experiment: Experiment, lines: list[dict]) -> str:
     return noted(report.VIEWS[experiment.view].table(experiment, lines), lines)
 
 
-def noted(table: str, lines: list[dict]) -> str:
-    """The table, and under it what a reader has to know of the images that these results saw."""
+def noted(table: str, lines: list[dict], gap: str = "\n\n") -> str:
+    """The table, and after a gap what a reader has to know of the images that these results saw."""
     notes = dict.fromkeys(
         note for line in lines if line["args"]["dataset"] in CIFAR for note in remarks(line)
     )
-    return "\n\n".join([table, " ".join(notes)]) if notes else table
+    return gap.join([table, " ".join(notes)]) if notes else table
 
 
 def remarks(line: dict) -> list[str]:
