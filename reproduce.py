@@ -7,9 +7,9 @@
     python reproduce.py quick --rule my_rule.py:MyRule   # your rule beside backprop and feedback alignment
     python reproduce.py --check                          # do both READMEs still say what results/ says?
 
-A run is `train.py` with the arguments listed here. Its result is one line of results/NAME.jsonl. Nothing else makes
-numbers for the READMEs: their tables, between <!-- NAME --> and <!-- end -->, are written from those lines. What
-was measured already is not run again (harness/experiment.py).
+A run is `train.py` with the arguments listed here. Its result is one line of results/NAME.jsonl. Nothing else
+makes numbers for the READMEs: their tables, between <!-- NAME --> and <!-- end -->, are written from those
+lines. What was measured already is not run again (harness/experiment.py).
 """
 from __future__ import annotations
 

@@ -219,10 +219,8 @@ def run(path: Path, job: Job, root: str, threads: int, running: dict, device: st
     begins = not (folder / "config.json").exists()
     what = [*job.argv, "--out", str(folder)] if begins else ["--resume", str(folder)]
     command = [sys.executable, str(TRAIN), *what, "--data", root, "--device", device]
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-    }  # the caller's own number of threads is kept
+    environment = {"OMP_NUM_THREADS": str(threads),
+                   **os.environ}  # the caller's own number of threads is kept
     with files.claim(folder.parent) as held:  # train.py holds it too, should this process be killed
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env=environment, pass_fds=held)
@@ -276,11 +274,8 @@ def run_missing(
                     print(f"{which}: {report.percent(line)}, {report.span(line['seconds'])}", flush=True)
                 logs = [log for _, log in list(running.values()) if log.exists()]
                 epochs = finished + sum(log.read_text().count("\n") for log in logs)
-                left = (
-                    report.span((time.time() - began) / epochs * (total - epochs))
-                    if epochs
-                    else "unknown time"
-                )
+                left = (report.span((time.time() - began) / epochs * (total - epochs)) if epochs
+                        else "unknown time")
                 show(f"{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left")
                 time.sleep(0.5)
             show("")
