@@ -219,9 +219,8 @@ def run(path: Path, job: Job, root: str, threads: int, running: dict, device: st
     begins = not (folder / "config.json").exists()
     what = [*job.argv, "--out", str(folder)] if begins else ["--resume", str(folder)]
     command = [sys.executable, str(TRAIN), *what, "--data", root, "--device", device]
-    environment = {"OMP_NUM_THREADS": str(threads),
-                   **os.environ}  # the caller's own number of threads is kept
-    with files.claim(folder.parent) as held:  # train.py holds it too, should this process be killed
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}       # the caller's own number is kept
+    with files.claim(folder.parent) as held:        # train.py holds it too, should this process be killed
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env=environment, pass_fds=held)
         running[job.key] = process, folder / "log.jsonl"

@@ -330,9 +330,8 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     from matplotlib.ticker import MaxNLocator
     figure, panels = figure_of(2, 3, size=(12, 7))
     (by_depth, spectrum, over_epochs), (gradients, trajectory, alignment) = panels
-    widths = [
-        4.5 - 3.3 * i / max(1, len(runs) - 1) for i in range(len(runs))
-    ]  # a curve on another leaves it a rim
+    # The later a curve is drawn the thinner it is, so that the one under it shows as a rim.
+    widths = [4 - 2.6 * i / max(1, len(runs) - 1) for i in range(len(runs))]
     for (label, records), shade, width in zip(runs, colours([label for label, _ in runs]), widths):
         style = {"color": shade, "marker": "o", "markersize": width + 1.5, "linewidth": width}
         last = records[-1]["layers"]
@@ -364,9 +363,8 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     trajectory.plot([e for e, _ in rows], [t["rows"] for _, t in rows], ":", color="#888888")
     alignment.axhline(90, linestyle=":", color="#888888", label="90°: unrelated")
     alignment.legend(frameon=False, fontsize=9)
-    by_depth.set(
-        title="error δ, after training", xlabel="layer, from stem to classifier", ylabel="effective rank"
-    )
+    by_depth.set(title="error δ, after training", xlabel="layer, from stem to classifier",
+                 ylabel="effective rank")
     gradients.set(title="weight gradient, after training", xlabel="layer, from stem to classifier",
                   ylabel="effective rank")
     over_epochs.set(title=f"weight gradient of {hidden[-1]}", xlabel="epoch", ylabel="effective rank")
@@ -379,9 +377,7 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
         axes.set_ylim(0, None)
     for axes in (by_depth, gradients, over_epochs, trajectory, alignment):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(
-        *by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=10
-    )
+    figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     save(figure, path)
 
 
