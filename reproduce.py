@@ -7,9 +7,9 @@
     python reproduce.py quick --rule my_rule.py:MyRule   # your rule beside backprop and feedback alignment
     python reproduce.py --check                          # do both READMEs still say what results/ says?
 
-A run is `train.py` with the arguments listed here. Its result is one line of results/NAME.jsonl. Nothing else makes
-numbers for the READMEs: their tables, between <!-- NAME --> and <!-- end -->, are written from those lines. What
-was measured already is not run again (harness/experiment.py).
+A run is `train.py` with the arguments listed here. Its result is one line of results/NAME.jsonl. Nothing else
+makes numbers for the READMEs: their tables, between <!-- NAME --> and <!-- end -->, are written from those
+lines. What was measured already is not run again (harness/experiment.py).
 """
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def tables(folder: Path) -> dict[str, str]:
     if {"cifar100-small", "cifar100"} <= found.keys():
         small, full = found["cifar100-small"], found["cifar100"]
         table = report.headline(EXPERIMENTS["cifar100-small"], small, EXPERIMENTS["cifar100"], full)
-        content["headline"] = experiments.noted(table, small + full)
+        content["headline"] = experiments.noted(table, small + full, gap=" ")
     return content
 
 

@@ -143,12 +143,12 @@ def table(experiment: Experiment, lines: list[dict]) -> str:
     return noted(report.VIEWS[experiment.view].table(experiment, lines), lines)
 
 
-def noted(table: str, lines: list[dict]) -> str:
-    """The table, and under it what a reader has to know of the images that these results saw."""
+def noted(table: str, lines: list[dict], gap: str = "\n\n") -> str:
+    """The table, and after a gap what a reader has to know of the images that these results saw."""
     notes = dict.fromkeys(
         note for line in lines if line["args"]["dataset"] in CIFAR for note in remarks(line)
     )
-    return "\n\n".join([table, " ".join(notes)]) if notes else table
+    return gap.join([table, " ".join(notes)]) if notes else table
 
 
 def remarks(line: dict) -> list[str]:
@@ -219,11 +219,8 @@ def run(path: Path, job: Job, root: str, threads: int, running: dict, device: st
     begins = not (folder / "config.json").exists()
     what = [*job.argv, "--out", str(folder)] if begins else ["--resume", str(folder)]
     command = [sys.executable, str(TRAIN), *what, "--data", root, "--device", device]
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-    }  # the caller's own number of threads is kept
-    with files.claim(folder.parent) as held:  # train.py holds it too, should this process be killed
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}       # the caller's own number is kept
+    with files.claim(folder.parent) as held:        # train.py holds it too, should this process be killed
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env=environment, pass_fds=held)
         running[job.key] = process, folder / "log.jsonl"
@@ -276,11 +273,8 @@ def run_missing(
                     print(f"{which}: {report.percent(line)}, {report.span(line['seconds'])}", flush=True)
                 logs = [log for _, log in list(running.values()) if log.exists()]
                 epochs = finished + sum(log.read_text().count("\n") for log in logs)
-                left = (
-                    report.span((time.time() - began) / epochs * (total - epochs))
-                    if epochs
-                    else "unknown time"
-                )
+                left = (report.span((time.time() - began) / epochs * (total - epochs)) if epochs
+                        else "unknown time")
                 show(f"{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left")
                 time.sleep(0.5)
             show("")

@@ -208,12 +208,10 @@ def map_table(experiment, lines: list[dict]) -> str:
             finals: list = [x[0]["rank"][-1] if x and not x[0]["diverged"] else None for x in (bp, fa)]
             texts = ["–"] * 3
             if None not in finals:
-                texts = [
-                    ", ".join(
-                        mean([ratio(f, b)], 2) for b, f in zip(*(effective_ranks(x, kind) for x in finals))
-                    )
-                    for kind in ("error", "gradient")
+                pairs = [
+                    zip(*(effective_ranks(final, kind) for final in finals)) for kind in ("error", "gradient")
                 ]
+                texts = [", ".join(mean([ratio(f, b)], 2) for b, f in layers) for layers in pairs]
                 texts.append(mean([ratio(trajectory_rank(finals[1]), trajectory_rank(finals[0]))], 2))
             rows.append([panel, column, accuracy(bp), accuracy(fa), *texts])
     head = ["initialisation", experiment.axis, "backprop (%)", "FA (%)", "error δ", "gradient", "trajectory"]
@@ -280,44 +278,34 @@ def picture(path: Path, draw: Callable[[], object]) -> bool:
 
 def curves(path: Path, log: list[dict], title: str, classes: int | None = None) -> None:
     """curves.png: left the loss, right training and test accuracy, and chance where `classes` are given."""
-    from matplotlib.ticker import MaxNLocator
-    figure, axes = figure_of(1, 2, size=(9, 3.9))
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+    figure, axes = figure_of(1, 2, size=(9, 3.8))
     left, right = axes[0]
     finished = [line for line in log if line["test_accuracy"] is not None]
     epochs = [line["epoch"] for line in finished]
     # On a logarithmic axis a loss that runs away and one that falls from 2 to 0.02 can both be read.
     left.plot(epochs, [line["train_loss"] for line in finished], "o-", color="#000000", markersize=3)
     left.set(xlabel="epoch", ylabel="training loss (nats), logarithmic", yscale="log")
-    right.plot(
-        epochs,
-        [100 * line["train_accuracy"] for line in finished],
-        "o--",
-        color="#999999",
-        markersize=3,
-        label="training images",
-    )
-    right.plot(
-        epochs,
-        [100 * line["test_accuracy"] for line in finished],
-        "o-",
-        color="#000000",
-        markersize=3,
-        label="test images",
-    )
+    left.yaxis.set_major_formatter(LogFormatter())
+    left.yaxis.set_minor_formatter(LogFormatter())
+    for key, label, style, shade in (("train_accuracy", "training images", "o--", "#999999"),
+                                     ("test_accuracy", "test images", "o-", "#000000")):
+        heights = [100 * line[key] for line in finished]
+        right.plot(epochs, heights, style, markersize=3, color=shade, label=label)
     if classes:
         right.axhline(100 / classes, color="#999999", linewidth=1, linestyle=":", label="chance")
-    right.set(
-        ylabel="accuracy (%)",
-        ylim=(0, None),
-        xlabel="epoch\n\nTraining accuracy is the mean over the epoch, while "
-        "the weights\nstill improve, and of augmented images: it may lie below test.",
-    )
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, None))
     right.legend(frameon=False)
     for ax in axes[0]:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if not finished:
             ax.text(0.5, 0.5, "diverged in the first epoch", ha="center", transform=ax.transAxes)
     figure.suptitle(title, fontsize=10)
+    figure.supxlabel(
+        "Training accuracy is measured on augmented images, while the weights still change: it may "
+        "lie below test accuracy.",
+        fontsize=9,
+    )
     save(figure, path)
 
 
@@ -342,9 +330,8 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     from matplotlib.ticker import MaxNLocator
     figure, panels = figure_of(2, 3, size=(12, 7))
     (by_depth, spectrum, over_epochs), (gradients, trajectory, alignment) = panels
-    widths = [
-        4.5 - 3.3 * i / max(1, len(runs) - 1) for i in range(len(runs))
-    ]  # a curve on another leaves it a rim
+    # The later a curve is drawn the thinner it is, so that the one under it shows as a rim.
+    widths = [4 - 2.6 * i / max(1, len(runs) - 1) for i in range(len(runs))]
     for (label, records), shade, width in zip(runs, colours([label for label, _ in runs]), widths):
         style = {"color": shade, "marker": "o", "markersize": width + 1.5, "linewidth": width}
         last = records[-1]["layers"]
@@ -369,43 +356,28 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
         trajectory.plot([epoch for epoch, _ in rows], [t["effective_rank"] for _, t in rows], **style)
         angles = [[r["layers"][n]["angle_gradient"] for n in hidden] for r in records]
         alignment.plot(epochs, [sum(a) / len(a) if None not in a else math.nan for a in angles], **style)
-    ceilings = {
-        kind: [(last[n][kind] or {}).get("ceiling", math.nan) for n in names]
-        for kind in ("error", "gradient")
-    }
+    ceilings = {kind: [(last[n][kind] or {}).get("ceiling", math.nan) for n in names]
+                for kind in ("error", "gradient")}
     by_depth.plot(depth, ceilings["error"], ":", color="#888888", label="largest possible")
     gradients.plot(depth, ceilings["gradient"], ":", color="#888888")
     trajectory.plot([e for e, _ in rows], [t["rows"] for _, t in rows], ":", color="#888888")
     alignment.axhline(90, linestyle=":", color="#888888", label="90°: unrelated")
     alignment.legend(frameon=False, fontsize=9)
-    by_depth.set(
-        title="error δ, after training", xlabel="layer, from stem to classifier", ylabel="effective rank"
-    )
+    by_depth.set(title="error δ, after training", xlabel="layer, from stem to classifier",
+                 ylabel="effective rank")
     gradients.set(title="weight gradient, after training", xlabel="layer, from stem to classifier",
                   ylabel="effective rank")
     over_epochs.set(title=f"weight gradient of {hidden[-1]}", xlabel="epoch", ylabel="effective rank")
     trajectory.set(title="gradient trajectory, whole network", xlabel="epoch", ylabel="effective rank so far")
-    spectrum.set(
-        title=f"error δ of {hidden[-1]}",
-        xlabel="i",
-        ylabel="singular value σ_i / σ_1",
-        xscale="log",
-        yscale="log",
-        ylim=(1e-4, 1.5),
-    )  # what is smaller does not count
-    alignment.set(
-        title="angle to backprop's gradient",
-        xlabel="epoch",
-        ylabel="degrees, mean of hidden layers",
-        ylim=(-4, None),
-    )
+    spectrum.set(title=f"error δ of {hidden[-1]}", xlabel="i", ylabel="singular value σ_i / σ_1",
+                 xscale="log", yscale="log", ylim=(1e-4, 1.5))  # what is smaller does not count
+    alignment.set(title="angle to backprop's gradient", xlabel="epoch",
+                  ylabel="degrees, mean of hidden layers", ylim=(-4, None))
     for axes in (by_depth, gradients, over_epochs, trajectory):
         axes.set_ylim(0, None)
     for axes in (by_depth, gradients, over_epochs, trajectory, alignment):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(
-        *by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=10
-    )
+    figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     save(figure, path)
 
 
@@ -431,13 +403,8 @@ def draw_quick(path: Path, experiment, lines: list[dict]) -> None:
                 depth, [math.nan if r is None else r for r in ranks], "o-", color=colour(label), linewidth=2
             )
     ceiling = next(iter(lines[0]["rank"][-1]["layers"].values()))["error"]["ceiling"]
-    right.set(
-        title="rank of the error δ after training",
-        xlabel="layer, from the stem up",
-        xticks=list(depth),
-        ylabel=f"effective rank (at most {ceiling})",
-        ylim=(0, None),
-    )
+    right.set(title="rank of the error δ after training", xlabel="layer, from the stem up",
+              xticks=list(depth), ylabel=f"effective rank (at most {ceiling})", ylim=(0, None))
     axes[0, 0].set(title="accuracy")
     save(figure, path)
 
@@ -450,14 +417,8 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
         cell = select(lines, label)
         for line in cell:
             epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
-            axes.plot(
-                [e["epoch"] for e in epochs],
-                [100 * e["test_accuracy"] for e in epochs],
-                "o-",
-                markersize=3,
-                color=colour(label),
-                linewidth=2,
-            )
+            axes.plot([e["epoch"] for e in epochs], [100 * e["test_accuracy"] for e in epochs], "o-",
+                      markersize=3, color=colour(label), linewidth=2)
             last = epochs[-1]["epoch"] if epochs else 0
         if cell:
             height = mean_accuracy(cell)
@@ -469,24 +430,12 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
         placed = max(height, placed + 0.055 * (top - low))
         places.append(placed)
     for (_, last, label), place in zip(sorted(ends), places):
-        axes.annotate(
-            label,
-            (last, place - (places[-1] - top) / 2),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour(label),
-            fontsize=11,
-            annotation_clip=False,
-        )
+        axes.annotate(label, (last, place - (places[-1] - top) / 2), xytext=(6, 0),
+                      textcoords="offset points", va="center", color=colour(label), fontsize=11,
+                      annotation_clip=False)
     axes.axhline(low, color="#999999", linewidth=1, linestyle=":")
-    axes.annotate(
-        "chance",
-        (0.7 * max(last for _, last, _ in ends), low),
-        xytext=(0, 7),
-        textcoords="offset points",
-        color="#666666",
-    )
+    axes.annotate("chance", (0.7 * max(last for _, last, _ in ends), low), xytext=(0, 7),
+                  textcoords="offset points", color="#666666")
     axes.set(xlabel="epoch", ylabel=f"{measured(lines)} accuracy (%)", ylim=(0, None), xlim=(0.7, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -511,12 +460,13 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
             if recorded:
                 ranks: list = [[hidden_error_rank(line) for line in cell] for cell in cells]
                 means = [statistics.mean(r) if r and None not in r else math.nan for r in ranks]
-                # Where no error arrives there is no rank: the curve has a gap, and the place a mark of its own.
+                # Where no error arrives there is no rank: the curve has a gap there, and a mark of its own.
                 grid[1, j].plot(positions, [height or math.nan for height in means], **style)
                 for x in [x for x, height in zip(positions, means) if height == 0]:
                     grid[1, j].plot(x, 0, "o", markerfacecolor="white", color=colour(label), clip_on=False)
-                    grid[1, j].annotate("no error arrives:\nzero, not collapsed", (x, 0), xytext=(0, 9), ha="center",
-                                        textcoords="offset points", fontsize=10, color=colour(label))
+                    grid[1, j].annotate("no error arrives:\nzero, not collapsed", (x, 0), xytext=(0, 9),
+                                        ha="center", textcoords="offset points", fontsize=10,
+                                        color=colour(label))
         grid[0, j].axhline(min(chance(line) for line in lines), color="#999999", linewidth=1, linestyle=":")
         grid[0, j].set_title(panel)
     for ax in grid.flat:
@@ -546,11 +496,8 @@ def axis(columns: list[str]) -> tuple[list[str], list[float], str]:
 
 def draw_map(path: Path, experiment, lines: list[dict]) -> None:
     """Heat maps of FA's rank ÷ backprop's: a panel for each quantity, initialisation and rate; seed 0."""
-    names, columns, kinds = (
-        panels(experiment),
-        list(experiment.columns),
-        {"error": "error δ", "gradient": "weight gradient"},
-    )
+    names, columns, kinds = (panels(experiment), list(experiment.columns),
+                             {"error": "error δ", "gradient": "weight gradient"})
     rows = [(panel, kind) for kind in kinds for panel in names]
     figure, grid = figure_of(len(rows), len(columns), size=(2.6 * len(columns) + 1.5, 2 * len(rows)))
     from matplotlib.colors import TwoSlopeNorm
@@ -588,10 +535,6 @@ class View(NamedTuple):
     draw: Callable
 
 
-VIEWS = {
-    "epochs": View(table, draw_epochs),
-    "quick": View(quick_table, draw_quick),
-    "ranks": View(rank_table, draw_recorded),
-    "sweep": View(sweep_table, draw_sweep),
-    "map": View(map_table, draw_map),
-}
+VIEWS = {"epochs": View(table, draw_epochs), "quick": View(quick_table, draw_quick),
+         "ranks": View(rank_table, draw_recorded), "sweep": View(sweep_table, draw_sweep),
+         "map": View(map_table, draw_map)}

@@ -12,7 +12,9 @@ TINY = "--dataset gratings --subset 64 --width 2 --epochs 1"
 @pytest.fixture(name="tiny")
 def tiny_experiment(tmp_path, monkeypatch):
     """An experiment of two cells, with a README and a results folder of its own."""
-    one = reproduce.Experiment("a claim", TINY, {"backprop": "--rule bp", "FA": "--rule fa"}, paper={"FA": 1.5})
+    one = reproduce.Experiment(
+        "a claim", TINY, {"backprop": "--rule bp", "FA": "--rule fa"}, paper={"FA": 1.5}
+    )
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": one})
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
@@ -31,9 +33,9 @@ def counted(monkeypatch, fail_at=None, seconds=1.0):
             raise KeyboardInterrupt
         args = {k: v for k, v in vars(flags.parse(job.argv)).items() if k not in experiment.NEUTRAL}
         accuracy = 0.5 + 0.1 * args["seed"]
-        return {"experiment": path.stem, "label": job.label, "seed": args["seed"], "final_test_accuracy": accuracy,
-                "args": args, "diverged": False, "seconds": seconds, "version": flags.VERSION,
-                "epochs": [{"epoch": 1, "test_accuracy": accuracy, "step": 2}]}
+        return {"experiment": path.stem, "label": job.label, "seed": args["seed"],
+                "final_test_accuracy": accuracy, "args": args, "diverged": False, "seconds": seconds,
+                "version": flags.VERSION, "epochs": [{"epoch": 1, "test_accuracy": accuracy, "step": 2}]}
 
     monkeypatch.setattr(experiment, "run", run)
     return calls
@@ -44,15 +46,18 @@ def test_end_to_end_with_real_runs(tiny, capsys):
     lines = [json.loads(line) for line in (tiny / "results" / "tiny.jsonl").read_text().splitlines()]
     assert {line["label"] for line in lines} == {"backprop", "FA"}
     for line in lines:
-        assert {"experiment", "args", "seed", "final_test_accuracy", "diverged", "device", "commit", "versions",
-                "epochs"} <= line.keys()
+        assert {"experiment", "args", "seed", "final_test_accuracy", "diverged", "device", "commit",
+                "versions", "epochs"} <= line.keys()
         assert line["args"]["width"] == 2 and len(line["epochs"]) == 1
         assert line["data"]["train_images"] == 5000 and len(line["data"]["digest"]) >= 16
         assert line["final_test_accuracy"] == line["epochs"][-1]["test_accuracy"]
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     readme = (tiny / "README.md").read_text()
     assert readme.startswith("before\n<!-- tiny -->\n|  | test ") and readme.endswith("<!-- end -->\nafter\n")
-    assert f"| FA | {100 * next(x for x in lines if x['label'] == 'FA')['final_test_accuracy']:.1f} | 1 | 1.5 | " in readme
+    assert (
+        f"| FA | {100 * next(x for x in lines if x['label'] == 'FA')['final_test_accuracy']:.1f} | 1 | 1.5 | "
+        in readme
+    )
     assert "2 of 2 runs" not in capsys.readouterr().out
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0
     assert "2 of 2 runs are in results/tiny.jsonl already" in capsys.readouterr().out
@@ -102,15 +107,24 @@ def test_the_table(tiny, monkeypatch):
 
 
 def test_a_grid_of_learning_rates(tiny, monkeypatch):
-    one = reproduce.Experiment("no claim", TINY,
-                                      {"FA": "--rule fa --lr {}", "FA + Muon": "--rule fa --muon --muon-lr {}"},
-                                      {"0.1": "0.1", "0.2": "0.2"}, "learning rate", "sweep")
+    one = reproduce.Experiment(
+        "no claim",
+        TINY,
+        {"FA": "--rule fa --lr {}", "FA + Muon": "--rule fa --muon --muon-lr {}"},
+        {"0.1": "0.1", "0.2": "0.2"},
+        "learning rate",
+        "sweep",
+    )
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": one})
     calls = counted(monkeypatch)
     assert reproduce.main(["tiny"]) == 0 and len(calls) == 4
-    assert [c.argv[-4:-2] for c in calls] == [["--lr", "0.1"], ["--lr", "0.2"], ["--muon-lr", "0.1"], ["--muon-lr", "0.2"]]
+    assert [c.argv[-4:-2] for c in calls] == [["--lr", "0.1"], ["--lr", "0.2"], ["--muon-lr", "0.1"],
+                                              ["--muon-lr", "0.2"]]
     readme = (tiny / "README.md").read_text()
-    assert "| learning rate | 0.1 | 0.2 |\n| --- | --- | --- |\n| FA | 50.0 | 50.0 |\n| FA + Muon | 50.0 |" in readme
+    assert (
+        "| learning rate | 0.1 | 0.2 |\n| --- | --- | --- |\n| FA | 50.0 | 50.0 |\n| FA + Muon | 50.0 |"
+        in readme
+    )
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -138,11 +152,15 @@ def test_check_looks_at_both_readmes_and_where_out_says(tiny, monkeypatch, capsy
     second.parent.mkdir()
     second.write_text("<!-- tiny -->\nold\n<!-- end -->\n")
     assert reproduce.main(["tiny"]) == 0 and "| FA | 50.0 | 1 |" in second.read_text()
-    assert reproduce.main(["tiny", "--out", "mine"]) == 0 and reproduce.main(["--check", "--out", "mine"]) == 0
+    assert (
+        reproduce.main(["tiny", "--out", "mine"]) == 0 and reproduce.main(["--check", "--out", "mine"]) == 0
+    )
     mine = tiny / "mine" / "tiny.jsonl"
     mine.write_text(mine.read_text().replace('"final_test_accuracy": 0.5', '"final_test_accuracy": 0.25'))
     capsys.readouterr()
-    assert reproduce.main(["--check", "--out", "mine"]) == 1 and "differs from mine/" in capsys.readouterr().out
+    assert (
+        reproduce.main(["--check", "--out", "mine"]) == 1 and "differs from mine/" in capsys.readouterr().out
+    )
     assert reproduce.main(["--check"]) == 0
     second.write_text(second.read_text().replace("50.0", "51.0"))
     assert reproduce.main(["--check"]) == 1 and "results/README.md differs" in capsys.readouterr().out
@@ -164,9 +182,13 @@ def test_the_list_names_claim_runs_and_hours(tiny, monkeypatch, capsys):
 
 def test_what_is_announced_is_what_is_run(tiny, monkeypatch, capsys):
     counted(monkeypatch)
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "tiny", reproduce.EXPERIMENTS["tiny"]._replace(scale="One epoch."))
-    for changes, said in (([], "tiny: a claim One epoch."),
-                          (["--set", "epochs=2", "width=3"], "tiny: a claim One epoch. But with epochs=2, width=3.")):
+    monkeypatch.setitem(
+        reproduce.EXPERIMENTS, "tiny", reproduce.EXPERIMENTS["tiny"]._replace(scale="One epoch.")
+    )
+    for changes, said in (
+        ([], "tiny: a claim One epoch."),
+        (["--set", "epochs=2", "width=3"], "tiny: a claim One epoch. But with epochs=2, width=3."),
+    ):
         assert reproduce.main(["tiny", *changes]) == 0
         assert capsys.readouterr().out.splitlines()[0] == said
 
@@ -182,12 +204,14 @@ def test_the_real_readme_says_what_results_say():
     assert reproduce.main(["--check"]) == 0
 
 
-@pytest.mark.parametrize("wrong, why", [([], "name one experiment"), (["nothing"], "invalid choice"),
-                                        (["tiny", "--check"], "name one experiment"),
-                                        (["tiny", "--jobs", "0"], "at least 1"), (["tiny", "--set", "width"], "FLAG=VALUE"),
-                                        (["tiny", "--set", "width=0"], "at least 1"),
-                                        (["tiny", "--set", "seed=3"], "with --seeds"),
-                                        (["tiny", "--set", "nonsense=1"], "unrecognized arguments")])
+@pytest.mark.parametrize(
+    "wrong, why",
+    [([], "name one experiment"), (["nothing"], "invalid choice"),
+     (["tiny", "--check"], "name one experiment"), (["tiny", "--jobs", "0"], "at least 1"),
+     (["tiny", "--set", "width"], "FLAG=VALUE"), (["tiny", "--set", "width=0"], "at least 1"),
+     (["tiny", "--set", "seed=3"], "with --seeds"),
+     (["tiny", "--set", "nonsense=1"], "unrecognized arguments")],
+)
 def test_wrong_input(tiny, wrong, why, capsys):
     with pytest.raises(SystemExit) as e:
         reproduce.main(wrong)

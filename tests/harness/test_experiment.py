@@ -1,4 +1,4 @@
-"""harness/experiment.py: it runs only what is missing, keeps every result, and goes on where it was killed."""
+"""harness/experiment.py: runs only what is missing, keeps every result, goes on where it was killed."""
 import json
 import os
 import signal
@@ -19,10 +19,16 @@ def without_time(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("name, data, version, said", [
-    ("cifar100", {"train_images": 4}, 2, "\n\nFrom a copy that has 4 of the 50,000 training images of CIFAR-100."),
-    ("cifar10", {"train_images": 50_000}, 2, ""), ("gratings", {"train_images": 5000}, 1, ""),
-    ("cifar100", None, 1, "\n\nVersion 1, another order of images.")])
+@pytest.mark.parametrize(
+    "name, data, version, said",
+    [
+        ("cifar100", {"train_images": 4}, 2,
+         "\n\nFrom a copy that has 4 of the 50,000 training images of CIFAR-100."),
+        ("cifar10", {"train_images": 50_000}, 2, ""),
+        ("gratings", {"train_images": 5000}, 1, ""),
+        ("cifar100", None, 1, "\n\nVersion 1, another order of images."),
+    ],
+)
 def test_a_table_says_what_is_odd_about_the_images(name, data, version, said):
     line = {"args": {"dataset": name}, "version": version, **({"data": data} if data else {})}
     assert experiment.noted("the table", [line, line]) == "the table" + said
@@ -47,15 +53,17 @@ def test_the_callers_number_of_threads_is_kept(tiny, monkeypatch):
 
 def test_results_of_version_1_are_shown_until_the_experiment_is_run_again(tiny, monkeypatch):
     one = reproduce.EXPERIMENTS["tiny"]
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "tiny", one._replace(common=TINY + " --dataset cifar10 --model cnn"))
+    monkeypatch.setitem(
+        reproduce.EXPERIMENTS, "tiny", one._replace(common=TINY + " --dataset cifar10 --model cnn")
+    )
     readme, path = tiny / "README.md", tiny / "results" / "tiny.jsonl"
     with monkeypatch.context() as earlier:
         earlier.setattr(flags, "VERSION", 1)
         counted(earlier)
         assert reproduce.main(["tiny", "--seeds", "2"]) == 0
     old, version_1 = path.read_text(), readme.read_text()
-    note = ("\n\nVersion 1, another order of images. From a copy that has 25,000 of the 50,000 training images of CIFAR-10.\n"
-            "<!-- end -->")
+    note = ("\n\nVersion 1, another order of images. From a copy that has 25,000 of the 50,000 training images of "
+            "CIFAR-10.\n<!-- end -->")
     assert note in version_1 and "| FA | 55.0 ± 7.1 | 2 |" in version_1
     calls = counted(monkeypatch, fail_at=3)
     assert reproduce.main(["tiny", "--seeds", "2"]) == 130 and len(calls) >= 3  # none of version 1 counts
@@ -63,7 +71,8 @@ def test_results_of_version_1_are_shown_until_the_experiment_is_run_again(tiny, 
     assert reproduce.main(["--check"]) == 0 and readme.read_text() == version_1
     counted(monkeypatch)
     assert reproduce.main(["tiny", "--seeds", "2"]) == 0
-    assert path.read_text().startswith(old) and "Version 1" not in readme.read_text() and "± 7.1 | 2 |" in readme.read_text()
+    assert (path.read_text().startswith(old) and "Version 1" not in readme.read_text()
+            and "± 7.1 | 2 |" in readme.read_text())
 
 
 def test_what_another_order_of_cifar_does_not_touch_is_not_run_again(tiny, monkeypatch):
@@ -75,7 +84,9 @@ def test_what_another_order_of_cifar_does_not_touch_is_not_run_again(tiny, monke
 
 
 def test_a_recorded_run_that_diverges_at_once_is_counted(tiny, monkeypatch, capsys):
-    one = reproduce.Experiment("a claim", TINY + " --rank --lr 1e30 --batch-size 16", {"FA": "--rule fa"}, view="ranks")
+    one = reproduce.Experiment(
+        "a claim", TINY + " --rank --lr 1e30 --batch-size 16", {"FA": "--rule fa"}, view="ranks"
+    )
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": one})
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0
     assert "| FA | – (1 of 1 diverged) | 1 | " in (tiny / "README.md").read_text()
@@ -84,7 +95,7 @@ def test_a_recorded_run_that_diverges_at_once_is_counted(tiny, monkeypatch, caps
 
 def test_only_what_is_missing_is_run(tiny, monkeypatch):
     calls = counted(monkeypatch, fail_at=2)
-    assert reproduce.main(["tiny"]) == 130                      # interrupted in the second run: the first is kept
+    assert reproduce.main(["tiny"]) == 130  # interrupted in the second run: the first is kept
     assert len((tiny / "results" / "tiny.jsonl").read_text().splitlines()) == 1
     calls = counted(monkeypatch)
     assert reproduce.main(["tiny"]) == 0 and len(calls) == 1
@@ -111,12 +122,15 @@ def test_killed_half_way_and_resumed(tmp_path):
     assert again.returncode == 0 and "1 of 3 runs are in mine/quick.jsonl already" in again.stdout
     assert results.read_text().startswith(first) and results.read_text().count("\n") == 3
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert {line["label"] for line in lines} == {"backprop", "FA", "FA + Muon + norm"} and all("rank" in line for line in lines)
+    assert {line["label"] for line in lines} == {"backprop", "FA", "FA + Muon + norm"} and all(
+        "rank" in line for line in lines
+    )
 
 
 def test_a_run_killed_in_its_middle_goes_on_there(tmp_path, monkeypatch):
     command = [sys.executable, str(ROOT / "reproduce.py"), "quick", "--out", "mine", "--device", "cpu",
-               "--jobs", str(os.cpu_count()), "--set", "epochs=40", "subset=64", "width=2", "rank=20"]     # a thread each
+               "--jobs", str(os.cpu_count()), "--set", "epochs=40", "subset=64", "width=2",
+               "rank=20"]  # a thread each
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, env=environment,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -125,16 +139,17 @@ def test_a_run_killed_in_its_middle_goes_on_there(tmp_path, monkeypatch):
         """Epochs of each run."""
         return [path.read_text().count("\n") for path in tmp_path.glob("runs/*/run/log.jsonl")]
 
-    while max(finished(), default=0) < 2:                       # with the second line the first checkpoint is there too
+    while max(finished(), default=0) < 2:
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGTERM)  # a run that is told to stop leaves a checkpoint
     process.wait()
     assert max(finished()) < 40 and not list((tmp_path / "mine").iterdir())
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stderr
     configs = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/run/config.json")]
-    resumed = [config["args"]["rule"] for config in configs if "resumed" in config and config["resumed"][0]["step"] >= 1]
+    resumed = [config["args"]["rule"] for config in configs
+               if "resumed" in config and config["resumed"][0]["step"] >= 1]
     assert len(configs) == 3 and resumed
     monkeypatch.chdir(tmp_path)
     results = [json.loads(text) for text in (tmp_path / "mine" / "quick.jsonl").read_text().splitlines()]
@@ -161,9 +176,11 @@ def test_a_result_without_the_ranks_that_are_asked_for_is_run_again(tiny, monkey
 def test_precision_tells_runs_apart_where_it_was_asked_for(monkeypatch):
     keys = {}
     for here in (False, True):                                  # on a machine that has bf16 or not
-        monkeypatch.setattr(flags, "computes_bf16", lambda device: here)              # noqa: B023
-        keys[here] = [experiment.jobs(reproduce.Experiment("", f"--dataset cifar10 {asked}", {"FA": ""}), 1, [])[0].key
-                      for asked in ("", "--amp", "--no-amp")]
+        monkeypatch.setattr(flags, "computes_bf16", lambda device: here)  # noqa: B023
+        keys[here] = [
+            experiment.jobs(reproduce.Experiment("", f"--dataset cifar10 {asked}", {"FA": ""}), 1, [])[0].key
+            for asked in ("", "--amp", "--no-amp")
+        ]
     assert keys[False] == keys[True] and len(set(keys[True])) == 3
 
 
@@ -172,7 +189,7 @@ def test_a_result_from_another_machine_counts(tiny, monkeypatch):
     assert reproduce.main(["tiny"]) == 0
     path = tiny / "results" / "tiny.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:                                      # run on a GPU, by a train.py without --depth, under another label
+    for line in lines:  # run on a GPU, by a train.py without --depth, under another label
         line["args"].update(amp=True, device="cuda")
         del line["args"]["depth"]
         line["label"] = "old name"
@@ -192,9 +209,12 @@ def test_a_run_that_fails_says_why(tiny, monkeypatch, capsys):
     assert "gratings has 5000 training images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("asked, gpus, jobs, places", [
-    ("auto", 0, 2, ["auto", "auto"]), ("auto", 1, 2, ["auto", "auto"]), ("cuda", 2, 3, ["cuda:0", "cuda:1", "cuda:0"]),
-    ("auto", 4, 2, ["cuda:0", "cuda:1"]), ("cuda:1", 4, 2, ["cuda:1", "cuda:1"]), ("cpu", 4, 1, ["cpu"])])
+@pytest.mark.parametrize(
+    "asked, gpus, jobs, places",
+    [("auto", 0, 2, ["auto", "auto"]), ("auto", 1, 2, ["auto", "auto"]),
+     ("cuda", 2, 3, ["cuda:0", "cuda:1", "cuda:0"]), ("auto", 4, 2, ["cuda:0", "cuda:1"]),
+     ("cuda:1", 4, 2, ["cuda:1", "cuda:1"]), ("cpu", 4, 1, ["cpu"])],
+)
 def test_runs_are_spread_over_the_gpus(asked, gpus, jobs, places, monkeypatch):
     monkeypatch.setattr(experiment.torch.cuda, "device_count", lambda: gpus)
     free = experiment.devices(asked, jobs)

@@ -11,24 +11,30 @@ from harness import files, report
 def line(label, accuracy, column="", error=(10.0, 20.0), gradient=(4.0, 8.0), trajectory=50.0, seed=0):
     """A result as reproduce.py has it, of a network of three layers whose classifier is not counted."""
     def record(epoch):
-        layers = {f"layer {i}": {"error": {"effective_rank": e, "ceiling": 512}, "gradient": g and {"effective_rank": g},
-                              "cosine": i / 4, "angle_gradient": 30.0 * i if i else None}
-                  for i, (e, g) in enumerate(zip([*error, 1.0], [*gradient, 1.0]))}
-        return {"epoch": epoch, "layers": layers, "trajectory": {"all layers": {"effective_rank": trajectory, "rows": 9}}}
+        layers = {
+            f"layer {i}": {"error": {"effective_rank": e, "ceiling": 512},
+                           "gradient": g and {"effective_rank": g}, "cosine": i / 4,
+                           "angle_gradient": 30.0 * i if i else None}
+            for i, (e, g) in enumerate(zip([*error, 1.0], [*gradient, 1.0]))
+        }
+        return {"epoch": epoch, "layers": layers,
+                "trajectory": {"all layers": {"effective_rank": trajectory, "rows": 9}}}
 
-    return {"label": label, "column": column, "seed": seed, "final_test_accuracy": accuracy, "diverged": accuracy is None,
-            "args": {"dataset": "cifar10", "validate": None}, "rank": [record(0), record(1)],
-            "epochs": [{"epoch": 1, "step": 7, "test_accuracy": accuracy}]}
+    return {"label": label, "column": column, "seed": seed, "final_test_accuracy": accuracy,
+            "diverged": accuracy is None, "args": {"dataset": "cifar10", "validate": None},
+            "rank": [record(0), record(1)], "epochs": [{"epoch": 1, "step": 7, "test_accuracy": accuracy}]}
 
 
 def cells(text):
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in text.splitlines()]
 
 
-SWEEP = reproduce.Experiment("a claim", "", {"MLP: FA": "", "MLP: backprop": "", "CNN: FA": "", "CNN: backprop": ""},
+SWEEP = reproduce.Experiment("a claim", "",
+                             {"MLP: FA": "", "MLP: backprop": "", "CNN: FA": "", "CNN: backprop": ""},
                              {"2": "2", "12": "12"}, "hidden layers", "sweep")
-SWEPT = [line("MLP: FA", 0.5, "2"), line("MLP: FA", 0.6, "2", seed=1, error=(30.0, 40.0)), line("MLP: FA", None, "12"),
-         line("CNN: FA", 0.2, "2", error=(1.0, 2.0)), line("CNN: backprop", 0.3, "12")]
+SWEPT = [line("MLP: FA", 0.5, "2"), line("MLP: FA", 0.6, "2", seed=1, error=(30.0, 40.0)),
+         line("MLP: FA", None, "12"), line("CNN: FA", 0.2, "2", error=(1.0, 2.0)),
+         line("CNN: backprop", 0.3, "12")]
 
 
 def test_sweep_table():
@@ -40,10 +46,12 @@ def test_sweep_table():
     assert cnn_bp == ["CNN: backprop", "not measured", "30.0; 15"]
 
 
-MAP = reproduce.Experiment("a claim", "", {"He: backprop": "", "He: FA": "", "torch's: backprop": "", "torch's: FA": ""},
+MAP = reproduce.Experiment("a claim", "",
+                           {"He: backprop": "", "He: FA": "", "torch's: backprop": "", "torch's: FA": ""},
                            {"0.01": "0.01", "0.1": "0.1"}, "learning rate", "map")
 MAPPED = [line("He: backprop", 0.6, "0.01"), line("He: FA", 0.3, "0.01", (5.0, 40.0), (1.0, None), 100.0),
-          line("He: backprop", 0.6, "0.1"), line("He: FA", None, "0.1"), line("torch's: backprop", 0.1, "0.1")]
+          line("He: backprop", 0.6, "0.1"), line("He: FA", None, "0.1"),
+          line("torch's: backprop", 0.1, "0.1")]
 
 
 def test_map_table_divides_feedback_alignments_rank_by_backprops():
@@ -61,8 +69,8 @@ def test_rank_table_lists_the_layers_below_the_classifier():
     for result in lines:
         for layer in result["rank"][-1]["layers"].values():
             layer["update"] = {"effective_rank": 3.0}
-    assert cells(report.rank_table(experiment, lines))[-1] == ["FA", "60.0 ± 14.1", "2", "15, 25", "4, 8", "3, 3", "50",
-                                                                  "0.25, 0.50", "–, 30"]
+    assert cells(report.rank_table(experiment, lines))[-1] == ["FA", "60.0 ± 14.1", "2", "15, 25", "4, 8",
+                                                               "3, 3", "50", "0.25, 0.50", "–, 30"]
 
 
 @pytest.mark.parametrize("columns, expected", [(["2", "4", "12"], ([2.0, 4.0, 12.0], "linear")),
@@ -72,8 +80,11 @@ def test_axis(columns, expected):
     assert report.axis(columns) == (columns, *expected)
 
 
-@pytest.mark.parametrize("experiment, lines", [(SWEEP, SWEPT), (SWEEP, SWEPT[2:3]), (MAP, MAPPED), (MAP, MAPPED[-1:]),
-                                               (SWEEP, [{k: v for k, v in x.items() if k != "rank"} for x in SWEPT])])
+@pytest.mark.parametrize(
+    "experiment, lines",
+    [(SWEEP, SWEPT), (SWEEP, SWEPT[2:3]), (MAP, MAPPED), (MAP, MAPPED[-1:]),
+     (SWEEP, [{k: v for k, v in x.items() if k != "rank"} for x in SWEPT])],
+)
 def test_every_picture_is_drawn_whatever_is_missing(experiment, lines, tmp_path):
     report.VIEWS[experiment.view].draw(tmp_path / "picture.png", experiment, lines)
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
@@ -81,8 +92,11 @@ def test_every_picture_is_drawn_whatever_is_missing(experiment, lines, tmp_path)
 
 def test_the_quick_table_and_picture(tmp_path):
     experiment = reproduce.EXPERIMENTS["quick"]
-    rows = cells(report.quick_table(experiment, [line("FA", 0.5), line("FA", 0.7, error=(20.0, 30.0), seed=1)]))
-    assert rows[3] == ["FA", "60.0 ± 14.1", "2", "15, 25"] and rows[2] == ["backprop", "not measured", "0", "–"]
+    rows = cells(
+        report.quick_table(experiment, [line("FA", 0.5), line("FA", 0.7, error=(20.0, 30.0), seed=1)])
+    )
+    assert rows[3] == ["FA", "60.0 ± 14.1", "2", "15, 25"] and rows[2] == ["backprop", "not measured", "0",
+                                                                           "–"]
     lines = [line("backprop", 0.9), line("FA", None, error=(math.nan, 3.0)), line("FA + Muon + norm", 0.8)]
     lines[1]["rank"][-1]["layers"]["layer 0"]["error"] = None
     report.draw_quick(tmp_path / "picture.png", experiment, lines)
@@ -101,12 +115,16 @@ def test_no_two_things_share_a_colour():
     assert report.colour("CNN: FA") == report.colour("FA") == report.COLOURS["FA"]
     labels = ["FA", "FA", "mine.MyRule", "mine.MyRule", "backprop"]
     chosen = report.colours(labels)
-    assert len(set(chosen)) == 5 and chosen[0] == report.COLOURS["FA"] and chosen[4] == report.COLOURS["backprop"]
+    assert (len(set(chosen)) == 5 and chosen[0] == report.COLOURS["FA"]
+            and chosen[4] == report.COLOURS["backprop"])
 
 
 def test_no_error_is_not_taken_for_a_collapse(tmp_path, monkeypatch):
-    silent, collapsed = line("CNN: FA", 0.1, "2", error=(0.0, 0.0)), line("CNN: FA", 0.1, "12", error=(1.0, 1.0))
-    one = reproduce.Experiment("a claim", "", {"CNN: FA": ""}, {"2": "2", "12": "12"}, "hidden layers", "sweep")
+    silent, collapsed = (line("CNN: FA", 0.1, "2", error=(0.0, 0.0)),
+                         line("CNN: FA", 0.1, "12", error=(1.0, 1.0)))
+    one = reproduce.Experiment(
+        "a claim", "", {"CNN: FA": ""}, {"2": "2", "12": "12"}, "hidden layers", "sweep"
+    )
     assert cells(report.sweep_table(one, [silent, collapsed]))[2] == ["CNN: FA", "10.0; no error", "10.0; 1"]
     drawn = figures(monkeypatch)
     report.draw_sweep(tmp_path / "picture.png", one, [silent, collapsed])
@@ -137,8 +155,11 @@ def test_the_headline_shows_the_largest_scale_that_is_measured():
 
 
 def log(*losses):
-    return [{"epoch": i, "train_loss": loss, "train_accuracy": 0.5, "test_accuracy": None if loss is None else 0.6}
-            for i, loss in enumerate(losses, 1)]
+    return [
+        {"epoch": i, "train_loss": loss, "train_accuracy": 0.5,
+         "test_accuracy": None if loss is None else 0.6}
+        for i, loss in enumerate(losses, 1)
+    ]
 
 
 def test_a_runs_curves(tmp_path, monkeypatch):
@@ -147,14 +168,16 @@ def test_a_runs_curves(tmp_path, monkeypatch):
     left, right = drawn[0].axes
     assert left.get_yscale() == "log" and list(left.lines[0].get_ydata()) == [3.0, 3000.0]
     assert [list(one.get_ydata()) for one in right.lines[:2]] == [[50.0, 50.0], [60.0, 60.0]]
-    assert set(right.lines[2].get_ydata()) == {10.0} and "may lie below test" in right.get_xlabel()
+    assert set(right.lines[2].get_ydata()) == {10.0} and "may lie below test" in drawn[0].get_supxlabel()
     report.curves(tmp_path / "diverged.png", log(None), "a run")
     assert (tmp_path / "diverged.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def write_run(folder, records, **args):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"args": {"rule": "fa", "muon": False, "norm": None, **args}}))
+    (folder / "config.json").write_text(
+        json.dumps({"args": {"rule": "fa", "muon": False, "norm": None, **args}})
+    )
     (folder / "rank.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
@@ -165,16 +188,18 @@ def test_a_runs_ranks_have_the_name_and_colour_of_the_tables(tmp_path, monkeypat
         for layer in record["layers"].values():
             layer["spectrum"] = [1.0, 0.5]
     runs = [write_run(tmp_path / "a", records), write_run(tmp_path / "b", records, muon=True, norm="batch"),
-            write_run(tmp_path / "c", records, rule="mine.py:Rule", norm="layer"), write_run(tmp_path / "d", records)]
+            write_run(tmp_path / "c", records, rule="mine.py:Rule", norm="layer"),
+            write_run(tmp_path / "d", records)]
     read = [report.read_ranks(run) for run in runs]
     assert [name for name, _ in read] == ["FA", "FA + Muon + norm", "mine.Rule + layer norm", "FA"]
     assert read[0][1] == records
     drawn = figures(monkeypatch)
     report.draw_ranks(tmp_path / "ranks.png", read)
     curves = drawn[0].axes[0].lines[:4]
-    assert [one.get_color() for one in curves[:2]] == [report.COLOURS["FA"], report.COLOURS["FA + Muon + norm"]]
+    assert [one.get_color() for one in curves[:2]] == [report.COLOURS["FA"],
+                                                       report.COLOURS["FA + Muon + norm"]]
     assert len({one.get_color() for one in curves}) == 4
-    widths = [one.get_linewidth() for one in curves]            # all four lie on each other, and each leaves a rim
+    widths = [one.get_linewidth() for one in curves]  # all four lie on each other, and each leaves a rim
     assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4
     with pytest.raises(files.Problem, match="no record of ranks"):
         report.read_ranks(tmp_path)
