@@ -74,9 +74,7 @@ class Run:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
-        for stream in (sys.stdout, sys.stderr):                 # a letter that the terminal lacks becomes a question mark
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")
+        speak_anywhere()
         if parallel.asked():
             parallel.start(self.args.device)
         graph.prepare(self.args.device, self.args.deterministic)
@@ -131,7 +129,7 @@ class Run:
         self._parts = model, handle, [optimiser for optimiser, _ in optimisers], generator, recording
         self.per_epoch = data.steps(args.subset or len(dataset.train_images), args.batch_size)
         self.steps = args.epochs * self.per_epoch
-        digest = data.digest(dataset)
+        digest, self.classes = data.digest(dataset), len(dataset.classes)
         self.identity = {"version": flags.VERSION, "data": digest,
                          **{f"--{key.replace('_', '-')}": getattr(args, key) for key in flags.fixed()}}
         speaks = parallel.index() == 0
@@ -243,7 +241,7 @@ class Run:
         line, left = self.lines[-1], self.args.epochs - epoch
         left *= (time.perf_counter() - self._began) / (epoch - self._first)
         self.say(f"epoch {epoch:3}/{self.args.epochs}  loss {loss:7.4f}  train {line['train_accuracy']:6.1%}  "
-                 f"{measured(self.args)} {accuracy:6.1%}  {line['seconds']:6.1f} s  {span(left)} left")
+                 f"{measured(self.args)} {accuracy:6.1%}  {line['seconds']:6.1f} s  {report.span(left)} left")
         if stop and epoch < self.args.epochs:
             raise Stopped
 
@@ -272,13 +270,13 @@ class Run:
         self._draw()
         last = self.lines[-1]
         self.say(f"final {measured(self.args)} accuracy {last['test_accuracy']:.1%} (epoch {last['epoch']}, the last) · "
-                 f"{span(time.perf_counter() - self._began)} · {self.folder}")
+                 f"{report.span(time.perf_counter() - self._began)} · {self.folder}")
 
     def _draw(self) -> None:
         if self.folder:
             path = self.folder / "curves.png"
             heading = f"{title(self.args)} · {self.args.model} · {self.args.dataset} · seed {self.args.seed}"
-            report.picture(path, lambda: report.curves(path, self.lines, heading))
+            report.picture(path, lambda: report.curves(path, self.lines, heading, self.classes))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -356,7 +354,10 @@ def read_checkpoint(folder: Path) -> tuple[dict | None, str]:
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
         if path.exists():
             try:
-                return files.read(path), "; ".join(said)
+                state = files.read(path)
+                if isinstance(state, dict):
+                    return state, "; ".join(said)
+                said.append(f"{path} is damaged (it holds no state)")
             except files.Problem as e:
                 said.append(str(e))
     if said:
@@ -448,9 +449,11 @@ def measured(args: argparse.Namespace) -> str:
     return "held-out" if args.validate else "test"
 
 
-def span(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h {minutes % 60:02}m" if minutes >= 60 else f"{minutes}m {seconds:02}s"
+def speak_anywhere() -> None:
+    """Print on any terminal: a letter that it lacks becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def name(args: argparse.Namespace) -> str:

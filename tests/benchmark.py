@@ -4,8 +4,8 @@
     python tests/benchmark.py --device cpu --out results/benchmark-cpu.json
 
 Rows of a group take turns, in another order each round, so that a busy machine is fair to all of them; a figure is the median
-over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.update` with its batch:
-augmentation, forward, backward with the hooks, schedule, Muon and SGD. Operations are those that compute or copy something; on
+over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.step`:
+augmentation, forward, backward with the hooks, Muon and SGD. Operations are those that compute or copy something; on
 a GPU each is at least one kernel launch, but a captured step is one in all.
 
 The ceiling of a precision is what large matrix products and convolutions reach in it, measured in the same process. A precision
@@ -37,11 +37,9 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import fa  # noqa: E402
 import muon  # noqa: E402
-import options  # noqa: E402
 import rank  # noqa: E402
-import runs  # noqa: E402
-import speed  # noqa: E402
 import train  # noqa: E402
+from harness import files, flags, graph, session  # noqa: E402
 
 
 def wait(device: torch.device) -> None:
@@ -96,7 +94,7 @@ class Variant(NamedTuple):
 
 def precisions(device: torch.device) -> dict[str, torch.dtype]:
     """Those that a step is measured in: on a GPU its default, on a CPU both that it has instructions for."""
-    native = {"bf16": torch.bfloat16} if options.computes_bf16(device) else {}
+    native = {"bf16": torch.bfloat16} if flags.computes_bf16(device) else {}
     return native if native and device.type == "cuda" else {"float32": torch.float32, **native}
 
 
@@ -114,20 +112,22 @@ def variants(device: torch.device, names: list[str]) -> dict[str, Variant]:
     return listed
 
 
-def step_of(device: torch.device, width: int, batch: int, name: str, flags: str) -> Callable[[], None]:
+def step_of(device: torch.device, width: int, batch: int, name: str, asked: str) -> Callable[[], None]:
     """A function that makes one training step."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (4 * batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.randint(100, (4 * batch,), generator=generator)
     dataset = data.Dataset(images, labels, images[:10], labels[:10], [str(i) for i in range(100)])
-    rates = ["--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in flags)]
-    trainer = train.Trainer(train.parse(["--dataset", "cifar100", "--width", str(width), "--batch-size", str(batch), "--epochs",
-                                         "100000", "--device", str(device), *rates, *flags.split()]), dataset)
+    rates = ["--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in asked)]
+    args = flags.parse(["--dataset", "cifar100", "--width", str(width), "--batch-size", str(batch), "--epochs", "100000",
+                        "--device", str(device), *rates, *asked.split()])
+    trainer = train.Trainer(args, dataset)
+    step = graph.Graphed(trainer.step, trainer.generator) if args.graph else trainer.step
     trainer.model.train()
     if "plain hook" in name:
         plain_hooks(trainer, fa.FA(seed=0))
     order = (chosen for _ in itertools.count() for chosen in data.indices(4 * batch, batch, trainer.generator))
-    return lambda: trainer.update(next(order))
+    return lambda: step(next(order))
 
 
 def flops_an_image(width: int) -> int:
@@ -210,11 +210,11 @@ def operations_of(call) -> int:
 
 
 def memory_rows(device: torch.device, width: int, batch: int, rounds: int) -> list[dict]:
-    """A step before and after speed.prepare, which on a CPU keeps the memory of dead tensors; so call it first of all."""
+    """A step before and after graph.prepare, which on a CPU keeps the memory of dead tensors; so call it first of all."""
     call, seconds = step_of(device, width, batch, "", FLAGS["FA + Muon + norm"] + " --no-amp"), {}
     for name in ("given back", "kept"):
         seconds[name] = in_turns(device, {name: call}, rounds)[name]
-        speed.prepare(device)
+        graph.prepare(device)
     return rows_of(f"memory of dead tensors, FA + Muon + norm, width {width}, batch {batch}", seconds)
 
 
@@ -344,19 +344,19 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = options.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
+    p = flags.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
-    p.add_argument("--rounds", type=options.number(int, 2), default=9,
+    p.add_argument("--rounds", type=flags.number(int, 2), default=9,
                    help="how often every row is timed (default: 9; of a wide network on a CPU half as often)")
-    p.add_argument("--batch-sizes", type=options.number(int, 1), nargs="+", default=[128, 512], metavar="N")
-    p.add_argument("--width", type=options.number(int, 1),
+    p.add_argument("--batch-sizes", type=flags.number(int, 1), nargs="+", default=[128, 512], metavar="N")
+    p.add_argument("--width", type=flags.number(int, 1),
                    help="of ResNet-18 (default: 64 on a GPU; on a CPU 16, and 64 for the first batch size)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="keep the rows, and what they were measured with")
     args = p.parse_args(argv)
-    device, _ = options.choose_device(p, args.device)
+    device, _ = flags.choose_device(p, args.device)
     width = args.width or (64 if device.type == "cuda" else 16)
     memory = memory_rows(device, width, max(args.batch_sizes), args.rounds) if device.type == "cpu" else []
-    speed.prepare(device)
+    graph.prepare(device)
     top = {precision: ceiling(device, dtype) for precision, dtype in precisions(device).items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name} · torch {torch.__version__} · large matrix products reach "
@@ -376,8 +376,8 @@ def main(argv: list[str] | None = None) -> int:
     rows += rank_rows(device, args.rounds) + epoch_rows(device, 3) + start_rows(device, 3)
     print(table(rows))
     if args.out:
-        content = {"device": name, "rounds": args.rounds, "ceiling_flop_per_second": top, **runs.provenance(), "rows": rows}
-        runs.write_json(args.out, copy.deepcopy(content))
+        content = {"device": name, "rounds": args.rounds, "ceiling_flop_per_second": top, **session.provenance(), "rows": rows}
+        files.write_json(args.out, copy.deepcopy(content))
         print(args.out)
     return 0
 

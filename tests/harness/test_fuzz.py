@@ -18,7 +18,6 @@ import models
 import muon
 import norm
 import rank
-import train
 from harness import files, flags, rulefile
 
 hypothesis = pytest.importorskip("hypothesis")

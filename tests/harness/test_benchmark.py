@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import options
+from harness import flags
 
 
 def test_the_readme_shows_what_was_measured():
@@ -30,7 +30,7 @@ def test_a_ratio_is_of_the_row_it_names():
     ("cuda", True, "BP + norm, bf16", "FA + Muon + norm, bf16, captured"),
     ("cuda", False, "BP + norm", "FA + Muon + norm, captured")])
 def test_the_rows_of_a_step_are_compared_with_rows_that_are_there(device, bf16, first, last, monkeypatch):
-    monkeypatch.setattr(options, "computes_bf16", lambda _: bf16)
+    monkeypatch.setattr(flags, "computes_bf16", lambda _: bf16)
     rows = benchmark.variants(torch.device(device), list(benchmark.FLAGS))
     assert list(rows)[0] == first and list(rows)[-1] == last
     for name, (flags, against, precision) in rows.items():
