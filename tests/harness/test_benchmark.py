@@ -33,7 +33,7 @@ def test_the_rows_of_a_step_are_compared_with_rows_that_are_there(device, bf16, 
     monkeypatch.setattr(flags, "computes_bf16", lambda _: bf16)
     rows = benchmark.variants(torch.device(device), list(benchmark.FLAGS))
     assert list(rows)[0] == first and list(rows)[-1] == last
-    for name, (flags, against, precision) in rows.items():
-        assert ("--amp" in flags.split()) == (precision == "bf16") == ("bf16" in name)
+    for name, (asked, against, precision) in rows.items():
+        assert ("--amp" in asked.split()) == (precision == "bf16") == ("bf16" in name)
         assert against is None if name in ("BP", first, "BP, bf16") else against in rows
     assert bf16 or not any("bf16" in name for name in rows)
