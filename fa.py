@@ -5,20 +5,21 @@ Write a layer as  a = W x,  and let  δ = ∂loss/∂a  be the error at its outp
     gradient of the weights     ∂loss/∂W = δ xᵀ       local: the layer has both
     error for the layer below   ∂loss/∂x = Wᵀ δ       needs W, on another path, in the other direction
 
-A synapse does not know the weight of the synapse that leads the other way, so no brain can compute Wᵀδ like this
-(the weight-transport problem). Feedback alignment (Lillicrap et al. 2016) sends the error through a fixed random
-matrix of W's shape instead; with φ the nonlinearity, layer by layer (Boeshertz, Pascanu & Clopath 2026, Eq. 4):
+A synapse does not know the weight of the synapse that leads the other way, so no brain can compute Wᵀδ like
+this (the weight-transport problem). Feedback alignment (Lillicrap et al. 2016) sends the error through a
+fixed random matrix of W's shape instead; with φ the nonlinearity, layer by layer (Boeshertz, Pascanu &
+Clopath 2026, Eq. 4):
 
     backprop    δ_l = W_{l+1}ᵀ δ_{l+1} ⊙ φ'(a_l)
     feedback    δ_l = B_{l+1}ᵀ δ_{l+1} ⊙ φ'(a_l)      B drawn like W, then never changed
 
-(the paper calls our Bᵀ B; here B has the shape of W). The surprising thing is that it learns at all: W turns towards
-B, so that the random errors become useful ones. `python fa.py` shows the angles fall.
+(the paper calls our Bᵀ B; here B has the shape of W). The surprising thing is that it learns at all: W turns
+towards B, so that the random errors become useful ones. `python fa.py` shows the angles fall.
 
-In this file a *rule* says how the error crosses one layer, and nothing else: loss, nonlinearities, normalisation,
-pooling and additions keep autograd's own backward. A new rule overrides one short method, or two:
+In this file a *rule* says how the error crosses one layer, and nothing else: loss, nonlinearities,
+normalisation, pooling and additions keep autograd's own backward. A new rule overrides one short method:
 
-    class Unreliable(fa.FA):                    # what if half of the feedback synapses fail, other ones each time?
+    class Unreliable(fa.FA):            # what if half of the feedback synapses fail, other ones each time?
         def backward(self, layer, error, input_shape):
             return fa.project(layer, F.dropout(layer.feedback), error, input_shape)
 
@@ -27,14 +28,14 @@ pooling and additions keep autograd's own backward. A new rule overrides one sho
     handle.before_step()                                   # some rules learn their feedback weights
     handle.remove()                                        # plain backprop again
 
-How it works: `attach` runs each layer on a detached input, which cuts the true path, so Wᵀδ is neither computed nor
-able to leak. A tie connects the output to the input again, and a full backward hook around the tie puts the rule's
-error where the true one would have been.
+How it works: `attach` runs each layer on a detached input, which cuts the true path, so Wᵀδ is neither
+computed nor able to leak. A tie connects the output to the input again, and a full backward hook around the
+tie puts the rule's error where the true one would have been.
 
-Left out: other layers than Linear and Conv2d, and subclasses of these with a forward of their own (they keep exact
-backprop, and `attach` names them); second derivatives of weight gradients, and torch.compile, which may ignore hooks
-(both raise an error). Not noticed: a layer's weight that is also used elsewhere, such as F.linear(h, layer.weight.T) in
-a tied autoencoder, sends the error of that other use back exactly.
+Left out: other layers than Linear and Conv2d, and subclasses of these with a forward of their own (they keep
+exact backprop, and `attach` names them); second derivatives of weight gradients, and torch.compile, which may
+ignore hooks (both raise an error). Not noticed: a layer's weight that is also used elsewhere, such as
+F.linear(h, layer.weight.T) in a tied autoencoder, sends the error of that other use back exactly.
 """
 from __future__ import annotations
 
@@ -54,19 +55,19 @@ from torch.utils.hooks import BackwardHook
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 
-# ---- the error crosses one layer -------------------------------------------------------------------------------
+# ---- the error crosses one layer ---------------------------------------------------------------------------
 
 def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size) -> Tensor:
-    """Send the error at a layer's output to its input through `weight`:  W gives backprop, B gives feedback alignment.
+    """Send the error at a layer's output to its input: through W that is backprop, through B FA.
 
     layer        nn.Linear, or nn.Conv2d with zero padding and any stride, padding, dilation and groups
     weight       shaped like layer.weight: (out, in) or (out, in / groups, kh, kw)
     error        δ at the output: (..., out) or (N, out, H', W')
-    input_shape  shape of the layer's input: (..., in) or (N, in, H, W); a strided convolution cannot tell it from δ
+    input_shape  of the layer's input: (..., in) or (N, in, H, W); a strided convolution cannot tell it from δ
     returns      δ at the input, of input_shape, in the error's dtype
 
-    For Linear this is  δ_in = δ W  on rows, the batched form of Wᵀδ. A convolution is the same product with the sparse
-    matrix that the kernel stands for. Raises ValueError for a padding_mode other than 'zeros'.
+    For Linear this is  δ_in = δ W  on rows, the batched form of Wᵀδ. A convolution is the same product with
+    the sparse matrix that the kernel stands for. Raises ValueError for a padding_mode other than 'zeros'.
     """
     weight = weight.to(error.dtype)                     # under autocast δ is bf16 and the weights are float32
     if isinstance(layer, nn.Linear):
@@ -75,16 +76,17 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     if error.dim() == 3:                                # one unbatched image
         return project(layer, weight, error[None], torch.Size((1, *input_shape)))[0]
     before, after = zip(*(_padding(layer, axis) for axis in (0, 1)))
-    extra = [b - a for a, b in zip(before, after)]      # 'same' around an even kernel pads one more at the end
+    extra = [b - a for a, b in zip(before, after)]      # 'same' may pad one more at the end
     n, channels, height, width = input_shape
     padded = (n, channels, height + extra[0], width + extra[1])
-    # nn.grad.conv2d_input does the same, but first writes out a whole input, of which only shape and layout are read.
+    # nn.grad.conv2d_input does the same, but first writes out a whole input, of which only the shape counts.
     layout = next((torch.channels_last for t in (error, weight) if not t.is_contiguous() and
                    t.is_contiguous(memory_format=torch.channels_last)), torch.contiguous_format)
     unread = torch.empty(padded, dtype=error.dtype, device=error.device, memory_format=layout)
-    error = torch.ops.aten.convolution_backward(error, unread, weight, None, layer.stride, before, layer.dilation,
-                                                False, (0, 0), layer.groups, (True, False, False))[0]
-    return error[..., :height, :width] if any(extra) else error     # a view could not be added to in place later
+    error = torch.ops.aten.convolution_backward(
+        error, unread, weight, None, layer.stride, before, layer.dilation, False, (0, 0), layer.groups,
+        (True, False, False))[0]
+    return error[..., :height, :width] if any(extra) else error     # a view cannot be added to in place
 
 
 def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
@@ -97,16 +99,7 @@ def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
     return layer.padding[axis], layer.padding[axis]
 
 
-def check(layer: Layer) -> None:
-    """Raise ValueError if no error can be projected through this layer."""
-    if isinstance(layer.weight, UninitializedParameter):
-        raise ValueError(f"{layer} has no weights yet: run the model forward once, then attach")
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        raise ValueError(f"{layer}: feedback goes through zero-padded convolutions only, "
-                         f"not padding_mode={layer.padding_mode!r}")
-
-
-# ---- a rule ----------------------------------------------------------------------------------------------------
+# ---- a rule ------------------------------------------------------------------------------------------------
 
 class Rule:
     """How the error crosses a layer on its way back. Subclass it, override `backward`, and `attach` it.
@@ -114,8 +107,8 @@ class Rule:
     seed        of the feedback weights; the same seed draws the same on every machine
     gain        B is drawn so many times larger than W. It matters where another path carries the error too: a
                 residual block's shortcut is exact, so the gain weighs the branch against it
-    orthogonal  B at each kernel position is made orthogonal, of the norm drawn, so that it favours no direction
-    uses_weight (of the class) one of its methods reads the values of layer.weight, directly or through a forward pass
+    orthogonal  B at each kernel position is made orthogonal, of the norm drawn, and favours no direction
+    uses_weight (of the class) one of its methods reads layer.weight, directly or through a forward pass
     learns      (of the class) its feedback weights change in training
     """
 
@@ -127,34 +120,34 @@ class Rule:
         self.gain, self.orthogonal = gain, orthogonal
 
     def prepare(self, layer: Layer) -> None:
-        """Called once for each hidden layer: make what the rule needs, as buffers, so that it is saved and moved."""
+        """Called once for each hidden layer: make what the rule needs, as buffers, to be saved and moved."""
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor | None:
-        """δ at the layer's output -> δ at its input, of input_shape; or None, and nothing below this layer learns.
+        """δ at the layer's output -> δ at its input, of input_shape; or None, and nothing below learns.
 
         Called in every backward pass, without autograd.
         """
         raise NotImplementedError(f"{type(self).__name__} has no backward(layer, error, input_shape)")
 
     def before_step(self, layer: Layer) -> None:
-        """Called for each hidden layer between the backward pass and the optimiser's step, for feedback that learns."""
+        """Called for each hidden layer before the optimiser's step, for feedback that learns."""
 
     def draw(self, layer: Layer) -> Tensor:
-        """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every device (but
-        for rounding where `orthogonal` needs an SVD).
+        """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every
+        device (but for rounding where `orthogonal` needs an SVD).
 
-        The initialiser is `layer.initialise(tensor, generator=...)` where the model says one, else torch's default for
-        Linear and Conv2d: uniform in ±1/√fan_in.
+        The initialiser is `layer.initialise(tensor, generator=...)` where the model says one, else torch's
+        default for Linear and Conv2d: uniform in ±1/√fan_in.
         """
         drawn = self._draw(layer.weight.shape, getattr(layer, "initialise", _torch_default))
-        return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)     # its device, dtype and layout
+        return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)     # its device and dtype
 
     def _draw(self, shape: torch.Size, initialise: Callable[..., Tensor]) -> Tensor:
         drawn = initialise(torch.empty(shape), generator=self.generator)
         return self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule must remember when a run stops: its generator, and its attributes but those named _so."""
+        """What to remember when a run stops: the generator, and all attributes but those named _so."""
         kept = {key: value for key, value in vars(self).items() if not key.startswith("_")}
         return {**kept, "generator": self.generator.get_state()}
 
@@ -162,7 +155,7 @@ class Rule:
         self.generator.set_state(state["generator"])
         vars(self).update({**state, "generator": self.generator})
 
-    def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to another process, its state can
+    def __getstate__(self) -> dict[str, Any]:   # no generator can be sent to another process
         return {**vars(self), "generator": bytes(self.generator.get_state().tolist())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -176,14 +169,14 @@ def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 def _orthogonal(weight: Tensor) -> Tensor:
     """The nearest tensor of the same norm whose matrix at each kernel position has equal singular values."""
-    positions = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]        # (kh·kw, out, in)
+    positions = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]    # (kh·kw, out, in)
     U, _, Vh = torch.linalg.svd(positions, full_matrices=False)
     flat = (U @ Vh).permute(1, 2, 0).reshape(weight.shape)
     return flat * (weight.norm() / flat.norm())
 
 
 class FA(Rule):
-    """Feedback alignment: δ_in = Bᵀδ, with B drawn like W and fixed (Lillicrap et al. 2016; the paper's Eq. 4)."""
+    """Feedback alignment: δ_in = Bᵀδ, with B drawn like W and fixed (Lillicrap et al. 2016; paper, Eq. 4)."""
 
     def prepare(self, layer: Layer) -> None:
         layer.register_buffer("feedback", self.draw(layer))
@@ -192,22 +185,20 @@ class FA(Rule):
         return project(layer, layer.feedback, error, input_shape)
 
 
-# ---- the hook --------------------------------------------------------------------------------------------------
+# ---- the hook ----------------------------------------------------------------------------------------------
 
 class _Cut:
-    """Mixed into the class of each layer that has a rule: its forward, with the true path cut and the hook inside.
-
-    Inside, so that the hook sees the whole error at the output, whatever forward hooks keep or make of that output.
+    """Mixed into the class of each layer that has a rule: its forward, with the true path cut and the hook
+    inside. Inside, so that the hook sees the whole error at the output, whatever forward hooks make of it.
     """
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        crossing = self.crossing
-        if crossing.exact:
+        if self.crossing.exact:
             return super().forward(input)                               # type: ignore[misc]
         if torch.compiler.is_compiling():
             _refuse_to_compile()
         output = super().forward(input.detach())                        # type: ignore[misc]
-        crossing.used |= torch.is_grad_enabled()
+        self.crossing.used |= torch.is_grad_enabled()
         if not (input.requires_grad and torch.is_grad_enabled()):       # no error is wanted below
             return output
         # What nn.Module.__call__ does for a full backward hook.
@@ -222,8 +213,8 @@ class _Cut:
 class _Tie(torch.autograd.Function):
     """Return y, computed from x.detach(), as if x had led to it.
 
-    Backward hands y its error, from which autograd computes the exact gradients of W and b, and hands x zeros of the
-    right shape that take no memory (stride 0), for the hook to replace.
+    Backward hands y its error, from which autograd computes the exact gradients of W and b, and hands x zeros
+    of the right shape that take no memory (stride 0), for the hook to replace.
     """
 
     @staticmethod
@@ -237,14 +228,14 @@ class _Tie(torch.autograd.Function):
         if error is None:
             return None, None
         placeholder = error.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
-        again = torch.is_grad_enabled()                 # create_graph=True: the gradients may be differentiated again
+        again = torch.is_grad_enabled()                 # create_graph: gradients may be differentiated again
         return placeholder, _Once.apply(error.detach().requires_grad_()) if again else error
 
 
 def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple:
     """The full backward hook: δ_out comes in, the placeholder goes, the rule's δ_in takes its place."""
     (placeholder, *others), (error,) = grad_input, grad_output
-    if error is None:                                   # none came, though autograd may have put zeros in its place
+    if error is None:                                   # none came, though autograd may have put zeros for it
         return (None,) * len(grad_input)
     sent = layer.rule.backward(layer, error, placeholder.shape)
     if sent is None:
@@ -259,17 +250,19 @@ def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple
 def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None = None) -> Attachment:
     """Let `rule` carry the error back through every Linear and Conv2d of `model`, except the stem.
 
-    The stem is the layer that reads the data: nothing below it learns, so it needs no error. By default it is the first
-    Linear or Conv2d that the model registered; give the layers, or their names, if that is wrong, or () where even the
-    data needs a gradient. The model is changed in place; with the rule `bp` it is not changed at all.
+    The stem is the layer that reads the data: nothing below it learns, so it needs no error. By default it is
+    the first Linear or Conv2d that the model registered; give the layers, or their names, if that is wrong,
+    or () where even the data needs a gradient. The model is changed in place; with `bp` it is not changed.
 
-    Layers of other types that carry the error by weights, such as ConvTranspose2d, keep exact backprop, and so do
-    subclasses of Linear and Conv2d whose forward is their own; a warning names them. Activations with inplace=True are
-    set to False until `remove`, as a layer's output must stay as it was; y += x and F.relu_ on it are refused by torch.
+    Layers of other types that carry the error by weights, such as ConvTranspose2d, keep exact backprop, and
+    so do subclasses of Linear and Conv2d whose forward is their own; a warning names them. Activations with
+    inplace=True are set to False until `remove`, as a layer's output must stay as it was; torch refuses
+    y += x and F.relu_ on it.
 
-    Raises TypeError if `rule` is no instance of Rule, and ValueError if a layer already has a rule or cannot be
-    projected through, the stem is no layer of the model, or the model is compiled; the model is then untouched.
-    Attach before DistributedDataParallel, before the optimiser is made, and after loading a checkpoint without a rule.
+    Raises TypeError if `rule` is no instance of Rule, and ValueError if a layer already has a rule or cannot
+    be projected through, the stem is no layer of the model, or the model is compiled; the model is then
+    untouched. Attach before DistributedDataParallel, before the optimiser is made, and after loading a
+    checkpoint that was saved without a rule.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"attach takes an instance of a rule, such as fa.FA(seed=0), not {rule!r:.80}")
@@ -278,7 +271,8 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
     layers, unknown = find(model)
     for name, layer in layers.items():
         if hasattr(layer, "rule"):
-            raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its handle first")
+            raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its "
+                             "handle first")
     stems = _stems(layers, stem)
     hidden = {name: layer for name, layer in layers.items() if not any(layer is s for s in stems)}
     if isinstance(rule, BP):
@@ -286,13 +280,14 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
     for layer in hidden.values():
         check(layer)
     if hidden and unknown:
-        warnings.warn(f"{type(rule).__name__} goes through Linear and Conv2d only; exact backprop goes through "
-                      + ", ".join(f"{name} ({type(m).__name__})" for name, m in unknown.items()), stacklevel=2)
+        named = ", ".join(f"{name} ({type(m).__name__})" for name, m in unknown.items())
+        warnings.warn(f"{type(rule).__name__} goes through Linear and Conv2d only; exact backprop goes "
+                      f"through {named}", stacklevel=2)
     return Attachment(model, rule, hidden, stems)
 
 
 class Attachment:
-    """The handle that `attach` returns. `copy.deepcopy((model, handle))` copies both, still belonging together.
+    """The handle that `attach` returns. `copy.deepcopy((model, handle))` copies both, belonging together.
 
     rule      the rule
     layers    name -> layer, those that the rule carries the error through
@@ -304,7 +299,7 @@ class Attachment:
         self._made: dict[str, set[str]] = {}
         self._hooks: list = []
         with contextlib.ExitStack() as undo:
-            undo.callback(self.remove)                  # if the rule cannot prepare a layer, the model is as it was
+            undo.callback(self.remove)                  # if the rule cannot prepare a layer, all is as before
             for layer in (*layers.values(), *stem):
                 layer.crossing = types.SimpleNamespace(plain=type(layer), exact=False, used=False)
             for name, layer in layers.items():
@@ -313,8 +308,7 @@ class Attachment:
                     rule.prepare(layer)
                 finally:
                     self._made[name] = {*layer._buffers, *layer._parameters} - before
-                layer.rule = rule
-                layer.__class__ = _cut(layer.crossing.plain)
+                layer.rule, layer.__class__ = rule, _cut(layer.crossing.plain)
             undo.pop_all()
         for module in self._in_place:
             module.inplace = False
@@ -332,10 +326,12 @@ class Attachment:
             unused = gradients[name] not in (None, self._gradients[name]) and not layer.crossing.used
             wrong = ("the model has another layer in its place" if there.get(name) is not layer else
                      "its forward was replaced" if "forward" in vars(layer) or not _is_cut(layer) else
-                     "its weight was used without calling the layer" if unused and layer.weight.grad.any() else None)
+                     "its weight was used without calling the layer"
+                     if unused and layer.weight.grad.any() else None)
             if wrong:
-                raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: {wrong}; "
-                                "attach the rule when the model is complete, and change nothing of its layers until remove()")
+                raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: "
+                                f"{wrong}; attach the rule when the model is complete, and change nothing of "
+                                "its layers until remove()")
             layer.crossing.used = False
         for layer in self.layers.values():
             self.rule.before_step(layer)
@@ -343,11 +339,12 @@ class Attachment:
 
     def _versions(self) -> dict[str, tuple | None]:
         """Which gradient each layer's weight has, and how often it was written to."""
-        gradients = {name: getattr(layer._parameters.get("weight"), "grad", None) for name, layer in self.layers.items()}
-        return {name: None if g is None else (id(g), g._version) for name, g in gradients.items()}
+        weights = {name: layer._parameters.get("weight") for name, layer in self.layers.items()}
+        return {name: None if w is None or w.grad is None else (id(w.grad), w.grad._version)
+                for name, w in weights.items()}
 
     def digest(self) -> str | None:
-        """Hexadecimal, of all feedback weights: the same in the end as in the beginning, unless the rule `learns`.
+        """Hexadecimal, of all feedback weights: it never changes, unless the rule `learns`.
 
         None while some are not drawn yet.
         """
@@ -362,7 +359,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Within this context forward and backward are plain backprop; the feedback weights stay. For measurements."""
+        """Within this context all is plain backprop; the feedback weights stay. For measurements."""
         crossings = [layer.crossing for layer in (*self.layers.values(), *self._stem)]
         try:
             for crossing in crossings:
@@ -373,7 +370,7 @@ class Attachment:
                 crossing.exact = False
 
     def remove(self) -> None:
-        """Make the model plain again: exact backprop, no feedback weights, in-place activations as they were."""
+        """Make the model plain again: exact backprop, no feedback weights, in-place activations as before."""
         for hook in self._hooks:
             hook.remove()
         for name, made in self._made.items():
@@ -388,7 +385,7 @@ class Attachment:
         self.layers, self._stem, self._made, self._in_place, self._hooks = {}, [], {}, [], []
 
 
-# ---- more rules ------------------------------------------------------------------------------------------------
+# ---- more rules --------------------------------------------------------------------------------------------
 
 class BP(Rule):
     """Backprop: δ_in = Wᵀδ. It is what autograd does already, so `attach` leaves the model as it is."""
@@ -400,43 +397,43 @@ class BP(Rule):
 
 
 class DFA(Rule):
-    """Direct feedback alignment: δ_in = Bᵀe, straight from the output's error e = ∂loss/∂logits (Nøkland 2016).
+    """Direct feedback alignment: δ_in = Bᵀe, from the output's error e = ∂loss/∂logits (Nøkland 2016).
 
-    Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the classes
-    would be, so for the classifier itself DFA and FA are one. A hidden layer does not use the error that comes in. B
-    takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. Expect of it: about what FA reaches.
-
-    The output is the layer whose error comes first in a backward pass. Raises RuleError where an input does not have
-    its batch on the first axis, or other units than before.
+    Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the
+    classes would be, so for the classifier itself DFA and FA are one. A hidden layer does not use the error
+    that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. Expect of it:
+    about what FA reaches. The output is the layer whose error comes first in a backward pass. Raises
+    RuleError where an input has its batch not on the first axis, or other units than before.
     """
 
     def prepare(self, layer: Layer) -> None:
-        layer.register_buffer("feedback", layer.weight.new_empty(0))    # its size is known when the first error comes
+        layer.register_buffer("feedback", layer.weight.new_empty(0))    # drawn when the first error comes
         self._pass = self._output = None                # a backward pass, and the output layer in it
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
         this_pass = torch._C._current_graph_task_id()
         if this_pass != self._pass or layer is self._output:
             self._pass, self._output = this_pass, layer
-            alone = error.dim() == (1 if isinstance(layer, nn.Linear) else 3)       # one image, without a batch axis
-            self._error = error.flatten()[None] if alone else error.flatten(1)      # e: (N, classes)
-            self._batch = error.shape[:0 if alone else 1]                           # () or (N,)
+            alone = error.dim() == (1 if isinstance(layer, nn.Linear) else 3)   # one image, no batch axis
+            self._error = error.flatten()[None] if alone else error.flatten(1)  # e: (N, classes)
+            self._batch = error.shape[:0 if alone else 1]                       # () or (N,)
         axes = len(self._batch)
         wanted = (self._error.shape[1], input_shape[axes:].numel())
-        if layer.feedback.numel() == 0 and not hasattr(layer, "_is_replica"):       # DataParallel's replicas forget it
+        if layer.feedback.numel() == 0 and not hasattr(layer, "_is_replica"):   # DataParallel's forget
             layer.feedback = self._draw(wanted, _torch_default).to(layer.weight)
         if input_shape[:axes] != self._batch or layer.feedback.shape != wanted:
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
                             f"{tuple(layer.feedback.shape)}, which do not fit an output's error of shape "
-                            f"{tuple(self._error.shape)}; expected the batch on the first axis, and always the same units")
+                            f"{tuple(self._error.shape)}; expected the batch on the first axis, and always "
+                            "the same units")
         return (self._error @ layer.feedback.to(error.dtype)).reshape(input_shape)
 
 
 class SignSymmetry(FA):
-    """Sign-symmetry: δ_in = (sign W ⊙ |B|)ᵀδ, the signs of W and the magnitudes of B (uSF: Liao, Leibo & Poggio 2016).
+    """Sign-symmetry: δ_in = (sign W ⊙ |B|)ᵀδ, signs of W, magnitudes of B (uSF: Liao, Leibo & Poggio 2016).
 
-    A synapse must know one bit of another. Expect of it: between FA and backprop in a short training, near backprop in a
-    long one, even on ImageNet (Xiao et al. 2018).
+    A synapse must know one bit of another. Expect of it: between FA and backprop in a short training, near
+    backprop in a long one, even on ImageNet (Xiao et al. 2018).
     """
 
     uses_weight = True
@@ -446,23 +443,25 @@ class SignSymmetry(FA):
 
 
 class KolenPollack(FA):
-    """Kolen–Pollack: δ_in = Bᵀδ, and B takes the same updates as W (Kolen & Pollack 1994; Akrout et al. 2019).
+    """Kolen–Pollack: δ_in = Bᵀδ, and B takes W's updates (Kolen & Pollack 1994; Akrout et al. 2019).
 
         W ← (1 - ηλ) W + ΔW        B ← (1 - ηλ) B + ΔW        so  W - B  ←  (1 - ηλ) (W - B)
 
-    No weight is transported, only a locally known update; the weight decay λ forgets the difference, and ∠(W, B) falls
-    to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)), and much sooner
-    where the common updates outgrow the first weights, as Muon's do.
+    No weight is transported, only a locally known update; the weight decay λ forgets the difference, and
+    ∠(W, B) falls to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ:
+    (1 - μ)/(ηλ)), and much sooner where the common updates outgrow the first weights, as Muon's do.
 
-    B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W. Raises
-    ValueError for a weight computed from others (weight_norm), and HookError when an optimiser has moved W but not B.
+    B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W.
+    Raises ValueError for a weight computed from others (weight_norm), and HookError when an optimiser has
+    moved W but not B.
     """
 
     learns = True
 
     def prepare(self, layer: Layer) -> None:
         if "weight" not in layer._parameters:
-            raise ValueError(f"{layer}: its weight is computed from other parameters, so B cannot take the same updates")
+            raise ValueError(f"{layer}: its weight is computed from other parameters, so B cannot take the "
+                             "same updates")
         layer.feedback = nn.Parameter(self.draw(layer))
 
     def before_step(self, layer: Layer) -> None:
@@ -471,8 +470,8 @@ class KolenPollack(FA):
         if first:                                       # until B has been seen to move
             weight_moved, feedback_moved = (not torch.equal(*pair) for pair in zip(now, first))
             if weight_moved and not feedback_moved:
-                raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make it after "
-                                "attach, and give it model.parameters()")
+                raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make "
+                                "it after attach, and give it model.parameters()")
             if feedback_moved:
                 first.clear()
         layer.feedback.grad = None if layer.weight.grad is None else layer.weight.grad.clone()
@@ -481,18 +480,19 @@ class KolenPollack(FA):
 class Frozen(Rule):
     """No error: hidden layers stay as they were drawn, and the classifier learns on random features.
 
-    The floor under every claim: a rule whose accuracy is not above it has taught the hidden layers nothing useful. Hidden
-    parameters get no gradient at all (None, not zero), so weight decay and momentum leave them alone too.
+    The floor under every claim: a rule that is not above it has taught the hidden layers nothing useful.
+    Hidden parameters get no gradient (None, not zero), so weight decay and momentum leave them alone too.
     """
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> None:
         return None
 
 
-RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "sign": SignSymmetry, "kp": KolenPollack, "frozen": Frozen}
+RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "sign": SignSymmetry, "kp": KolenPollack,
+                                "frozen": Frozen}
 
 
-# ---- guards ----------------------------------------------------------------------------------------------------
+# ---- guards ------------------------------------------------------------------------------------------------
 
 class HookError(RuntimeError):
     """An error crossed a layer on another way than by the rule."""
@@ -502,11 +502,20 @@ class RuleError(RuntimeError):
     """A rule cannot say, or said wrongly, what the error at a layer's input is."""
 
 
+def check(layer: Layer) -> None:
+    """Raise ValueError if no error can be projected through this layer."""
+    if isinstance(layer.weight, UninitializedParameter):
+        raise ValueError(f"{layer} has no weights yet: run the model forward once, then attach")
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        raise ValueError(f"{layer}: feedback goes through zero-padded convolutions only, "
+                         f"not padding_mode={layer.padding_mode!r}")
+
+
 def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
-    """(layers, unknown) by name: what a rule goes through, and the other modules whose weights carry an error by a matrix."""
+    """(layers, unknown) by name: what a rule goes through, and what else carries an error by a matrix."""
     layers, unknown, inside = {}, {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):           # reads the weight of its out_proj, but never calls it
+        if isinstance(module, nn.MultiheadAttention):   # reads the weight of its out_proj, but never calls it
             inside.update(module.children())
         if module in inside:
             continue
@@ -521,15 +530,16 @@ def _keeps_forward(layer: Layer) -> bool:
     """Does it compute W x + b, and not, as a subclass may, something more or something else?"""
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     names = {"forward", "_conv_forward"} & {*vars(kind)}
-    return all(getattr(type(layer), name) is getattr(kind, name) and name not in vars(layer) for name in names)
+    return all(getattr(type(layer), n) is getattr(kind, n) and n not in vars(layer) for n in names)
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Is there a parameter that an error crosses by a matrix? What is added to every image, (1, tokens, units), is none."""
+    """Does an error cross a parameter of it by a matrix? One of shape (1, tokens, units) is only added."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.PReLU):
         return False
-    ours = type(module).__module__.startswith("torch.nn")
-    return any(isinstance(p, UninitializedParameter) or sum(size > 1 for size in p.shape) > 1 and (ours or len(p) > 1)
+    torchs = type(module).__module__.startswith("torch.nn")
+    return any(isinstance(p, UninitializedParameter) or
+               sum(size > 1 for size in p.shape) > 1 and (torchs or len(p) > 1)
                for p in module.parameters(recurse=False))
 
 
@@ -538,22 +548,22 @@ def _stems(layers: dict[str, Layer], stem: Iterable[str | nn.Module] | None) -> 
         return list(layers.values())[:1]
     named = [stem] if isinstance(stem, str | nn.Module) else list(stem)
     stems = [layers.get(s) if isinstance(s, str) else s for s in named]
-    wrong = [repr(s) for s, layer in zip(named, stems) if not any(layer is known for known in layers.values())]
+    wrong = [repr(s) for s, layer in zip(named, stems) if not any(layer is one for one in layers.values())]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: the stem must be of the model's layers, which are {', '.join(layers)}")
+        raise ValueError(f"{', '.join(wrong)}: the stem must be of the model's layers, {', '.join(layers)}")
     return stems
 
 
 def _stem_is_first(layer: Layer, args: tuple, kwargs: dict) -> None:
-    if torch.is_grad_enabled() and not layer.crossing.exact and any(
-            isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())):
-        raise RuntimeError(f"{layer} was taken for the stem, which reads the data, but its input wants a gradient: the "
-                           "true error would leak through it. Name the layers that read the data: attach(model, rule, "
-                           "stem=[...]), or stem=() if the data itself needs a gradient")
+    wanting = any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
+    if wanting and torch.is_grad_enabled() and not layer.crossing.exact:
+        raise RuntimeError(f"{layer} was taken for the stem, which reads the data, but its input wants a "
+                           "gradient: the true error would leak through it. Name the layers that read the "
+                           "data: attach(model, rule, stem=[...]), or stem=() if the data needs a gradient")
 
 
 class _Once(torch.autograd.Function):
-    """The error on its way to a weight's gradient, which cannot be differentiated again: its path to x is cut."""
+    """The error on its way to a weight's gradient, whose own gradient would miss the path that is cut."""
 
     @staticmethod
     def forward(ctx, error: Tensor) -> Tensor:
@@ -561,12 +571,12 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_: Tensor) -> None:
-        raise RuntimeError("the gradient of a layer's weight was differentiated again; a feedback rule cuts the path that "
-                           "this would need, so only gradients of inputs have second derivatives")
+        raise RuntimeError("the gradient of a layer's weight was differentiated again; a feedback rule cuts "
+                           "the path that this needs, so only gradients of inputs have second derivatives")
 
 
-UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled code may ignore "
-              "hooks, and then the rule is silently backprop")
+UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled "
+              "code may ignore hooks, and then the rule is silently backprop")
 
 
 @torch.compiler.disable                                 # so it is not compiled, but called
@@ -581,7 +591,7 @@ def _cut(plain: Any) -> Any:
 
 
 def _is_cut(layer: Any) -> bool:
-    return isinstance(layer, nn.Module) and hasattr(layer, "crossing") and type(layer) is _cut(layer.crossing.plain)
+    return hasattr(layer, "crossing") and type(layer) is _cut(layer.crossing.plain)
 
 
 def _blank(plain: Any) -> nn.Module:
@@ -594,8 +604,8 @@ def _wrong_error(layer: Layer, got: object, placeholder: Tensor, error: Tensor) 
             else f"{got!r:.80}")
     code = getattr(type(layer.rule).backward, "__code__", None)
     where = f"{code.co_filename}, line {code.co_firstlineno}: " if code else ""
-    return (f"{where}{type(layer.rule).__name__}.backward returned {what} for {layer}; expected the error at its input, "
-            f"shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, or None")
+    return (f"{where}{type(layer.rule).__name__}.backward returned {what} for {layer}; expected the error at "
+            f"its input, shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, or None")
 
 
 def _fit(model: nn.Module, state: dict, prefix: str, *_) -> None:

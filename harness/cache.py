@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from harness import files
@@ -55,7 +54,7 @@ def cifar(name: str, root: str | os.PathLike = "data") -> dict:
     if not path.exists():                                   # once it is there it is whole, and needs no lock
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{path.name}.lock")):
+            with files.lock(path):
                 if not path.exists():                           # another process may have made it meanwhile
                     files.write_tensors(path, _official(name, path.parent))
         except OSError as e:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 
 class Problem(Exception):
@@ -149,6 +150,13 @@ def claim(folder: Path) -> Iterator[list[int]]:
         yield [handle]
     finally:
         os.close(handle)
+
+
+def lock(path: Path) -> FileLock:
+    """For `with`: one process at a time makes the file at `path`. Raises OSError where no lock can be made."""
+    beside = path.with_name(f".{path.name}.lock")
+    beside.touch()                                              # or FileLock would wait there for ever
+    return FileLock(beside)
 
 
 def tidy(folder: Path) -> None:

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,7 +60,7 @@ def images(folder: str | os.PathLike, size: int = 32) -> dict:
     if content:
         return content
     try:
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with files.lock(path):
             content = kept()                                    # another process may have made it meanwhile
             if not content:
                 content = made()
