@@ -37,9 +37,11 @@ def only_the_device_asked_for(request, monkeypatch):
 
 def pytest_addoption(parser):
     parser.addoption("--rule", action="append", default=[], metavar="FILE.py:CLASS",
-                     help="the rule that test_rule_contract.py checks; may be given again, and FILE may be a pattern "
+                     help="the rule that test_rule_contract.py checks; may be given again, and FILE may be a "
+                          "pattern "
                           "(default: the rules of fa.py)")
-    parser.addoption("--like", metavar="RULE", help="also check that it does what this rule of fa.py does, such as kp")
+    parser.addoption("--like", metavar="RULE", help="also check that it does what this rule of fa.py does, "
+                                                    "such as kp")
     parser.addoption("--seconds", type=int, default=120, metavar="S",
                      help="the time that each rule may take (default: 120; a usual one takes far less)")
 
