@@ -54,7 +54,7 @@ def in_turns(device: torch.device, rows: dict, rounds: int, repeat: int = 1) -> 
     for call in [*rows.values(), *rows.values()]:
         call()
     for _ in range(rounds):
-        for name in order.sample(list(rows), len(rows)):        # what ran just before leaves its traces in caches and memory
+        for name in order.sample(list(rows), len(rows)):    # what ran just before leaves traces in the caches
             call = rows[name]
             wait(device)
             start = time.perf_counter()
@@ -85,8 +85,8 @@ def plain_hooks(trainer: train.Trainer, rule: fa.Rule) -> None:
 FLAGS = {"BP + norm": "--rule bp --norm", "FA + norm, plain hook": "--rule bp --norm",
          "FA + norm": "--rule fa --norm", "FA": "--rule fa", "BP": "--rule bp",
          "FA + Muon": "--rule fa --muon", "FA + Muon + norm": "--rule fa --muon --norm"}
-AGAINST = {"FA": "BP", "FA + Muon": "BP", **{name: "BP + norm" for name in FLAGS if name.startswith("FA")
-                                             and "norm" in name}}
+AGAINST = {"FA": "BP", "FA + Muon": "BP",
+           **{name: "BP + norm" for name in FLAGS if name.startswith("FA") and "norm" in name}}
 MAIN = ["BP + norm", "FA + norm", "FA + Muon + norm"]
 
 
@@ -172,7 +172,8 @@ def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: di
     seconds, rows = in_turns(device, calls, rounds, repeat=10 if gpu else 1), []
     for name, each in seconds.items():
         median, captured = statistics.median(each), name.endswith("captured")
-        peak = None if captured or not gpu else at_rest[name] + more_in(device, calls[name])    # a graph's own is not seen
+        # a graph's own peak is not seen
+        peak = None if captured or not gpu else at_rest[name] + more_in(device, calls[name])
         rows.append({"group": f"step, ResNet-18 of width {width}, batch {batch}", "row": name,
                      "seconds": median, "spread": spread(each), "against": listed[name].against,
                      "images_per_second": batch / median,
@@ -255,8 +256,7 @@ def convolution_rows(device: torch.device, width: int, batch: int, rounds: int, 
             backward(*call, (True, False, False))
 
     return timed(device, f"backward of the {len(calls)} hidden convolutions, width {width}, batch {batch}, "
-                 f"{precision}",
-                 {"one call for both gradients": one, "two calls": two}, rounds)
+                 f"{precision}", {"one call for both gradients": one, "two calls": two}, rounds)
 
 
 def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
@@ -287,8 +287,8 @@ def rank_rows(device: torch.device, rounds: int) -> list[dict]:
 def epoch_rows(device: torch.device, rounds: int) -> list[dict]:
     """The data's part of an epoch: order, crops and flips of 50,000 images."""
     images = torch.randint(256, (50000, 3, 32, 32), dtype=torch.uint8, device=device)
-    labels, generator = torch.zeros(50000, dtype=torch.int64,
-                                    device=device), torch.Generator(device).manual_seed(0)
+    labels, generator = (torch.zeros(50000, dtype=torch.int64, device=device),
+                         torch.Generator(device).manual_seed(0))
 
     def epoch() -> None:
         for _ in data.batches(images, labels, 512, generator):
@@ -338,7 +338,8 @@ def ratio(row: dict, rows: list[dict]) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.{max(0, 2 - int(math.log10(1000 * seconds + 1e-9)))}f} ms"
+    return (f"{seconds:.2f} s" if seconds >= 1 else
+            f"{1000 * seconds:.{max(0, 2 - int(math.log10(1000 * seconds + 1e-9)))}f} ms")
 
 
 def table(rows: list[dict]) -> str:
@@ -348,8 +349,8 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| **{row['group']}** | | | |")
         more = []
         if row.get("images_per_second"):
-            more.append(f"{row['images_per_second']:,.0f} images/s, {row['share_of_ceiling']:.0%} of the "
-                        f"ceiling")
+            more.append(f"{row['images_per_second']:,.0f} images/s, "
+                        f"{row['share_of_ceiling']:.0%} of the ceiling")
         if row.get("peak_MiB"):
             more.append(f"{row['peak_MiB']:,.0f} MiB")
         if row.get("operations"):
@@ -363,8 +364,8 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
-    p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto, the first GPU where "
-                                                    "there is one)")
+    p.add_argument("--device", default="auto",
+                   help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
     p.add_argument("--rounds", type=flags.number(int, 2), default=9,
                    help="how often every row is timed (default: 9; of a wide network on a CPU half as often)")
     p.add_argument("--batch-sizes", type=flags.number(int, 1), nargs="+", default=[128, 512], metavar="N")
@@ -378,7 +379,8 @@ def main(argv: list[str] | None = None) -> int:
     memory = memory_rows(device, width, max(args.batch_sizes), args.rounds) if device.type == "cpu" else []
     graph.prepare(device)
     top = {precision: ceiling(device, dtype) for precision, dtype in precisions(device).items()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"CPU, {torch.get_num_threads()} threads")
     print(f"{name} · torch {torch.__version__} · large matrix products reach "
           + ", ".join(f"{reached / 1e12:.3g} TFLOP/s in {precision}" for precision, reached in top.items()))
     if "bf16" not in top:

@@ -28,8 +28,8 @@ class Transport(fa.FA):
 def gradients(model, x, labels=None):
     model.zero_grad()
     y = model(x)
-    loss = F.cross_entropy(y.float() if y.dtype == torch.bfloat16 else y,
-                           labels) if labels is not None else y.square().sum()
+    loss = (F.cross_entropy(y.float() if y.dtype == torch.bfloat16 else y, labels) if labels is not None else
+            y.square().sum())
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if not name.endswith("feedback")}
 
@@ -194,7 +194,7 @@ def test_no_wasted_work():
     counter = count(model, x, labels)
     convolutions = [layer for layer in hidden(model) if isinstance(layer, nn.Conv2d)]
     through_input = [weight for (to_input, *_), weight in counter.calls if to_input]
-    assert sorted(through_input) == sorted(layer.feedback.data_ptr() for layer in convolutions)     # one each, through B
+    assert sorted(through_input) == sorted(layer.feedback.data_ptr() for layer in convolutions)    # through B
     assert sum(to_weight for (_, to_weight, _), _ in counter.calls) == len(convolutions) + 1    # and the stem
     assert len(counter.calls) == 2 * len(convolutions) + 1
     assert model.classifier.weight.data_ptr() not in counter.matrices
@@ -253,8 +253,8 @@ def test_a_compiled_model_is_refused(when):
     """Compiled code may ignore hooks, so nobody may take it for the rule's.
     `exact()` and a removed rule compile as ever."""
     torch._dynamo.reset()
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(),
-                             nn.Linear(5, 2)), torch.randn(6, 3)
+    model, x = (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)),
+                torch.randn(6, 3))
     if when == "wrapped":
         with pytest.raises(ValueError, match="the model is compiled"):
             fa.attach(torch.compile(model, backend="eager"), fa.FA())
@@ -307,8 +307,8 @@ def test_a_step_that_the_rule_did_not_carry_is_refused(spoil, said):
         return
     spoil(model)
     gradients(model, x, labels)
-    with pytest.raises(fa.HookError, match=f"FA did not carry the error through layer 'blocks.3.conv2': "
-                                           f"{said}"):
+    with pytest.raises(fa.HookError,
+                       match=f"FA did not carry the error through layer 'blocks.3.conv2': {said}"):
         handle.before_step()
 
 
@@ -436,8 +436,8 @@ def test_the_stem_is_left_alone_and_a_wrong_stem_is_an_error():
 
 
 def test_no_stem_sends_the_error_down_to_the_data():
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(),
-                             nn.Linear(4, 2)), torch.randn(5, 3, requires_grad=True)
+    model, x = (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+                torch.randn(5, 3, requires_grad=True))
     fa.attach(model, fa.FA(), stem=())
     entry = model[0](x)
     (error,) = torch.autograd.grad(entry.sum(), x)
@@ -501,8 +501,8 @@ def test_frozen_trains_the_classifier_alone(norm):
     plain = copy.deepcopy(model)
     fa.attach(model, fa.Frozen())
     F.cross_entropy(model(x), labels).backward()
-    assert [name for name, p in model.named_parameters()
-            if p.grad is not None] == ["classifier.weight", "classifier.bias"]
+    assert ([name for name, p in model.named_parameters() if p.grad is not None]
+            == ["classifier.weight", "classifier.bias"])
     expected = gradients(plain, x, labels)
     assert torch.equal(model.classifier.weight.grad, expected["classifier.weight"])
 

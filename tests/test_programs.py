@@ -27,8 +27,8 @@ def network(dtype=torch.float64):
                          nn.Flatten(), nn.Linear(54, 8), nn.Tanh(), nn.Linear(8, 5)).to(dtype)
 
 
-X, LABELS = torch.randn(4, 3, 8, 8, dtype=torch.float64,
-                        generator=torch.Generator().manual_seed(1)), torch.arange(4)
+X, LABELS = (torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+             torch.arange(4))
 
 
 def both(model=None, rule=None):
@@ -74,7 +74,8 @@ def halve(module, args, output):
                                   "backward pre-hook"])
 def test_hooks_that_change_what_passes(kind):
     plain, ours, _ = both()
-    everywhere = [torch.nn.modules.module.register_module_forward_hook(halve)] if kind == "global forward hook" else []
+    everywhere = ([torch.nn.modules.module.register_module_forward_hook(halve)]
+                  if kind == "global forward hook" else [])
     try:
         for model in (plain, ours):
             layer = model[5]
@@ -196,7 +197,7 @@ def test_a_second_derivative_of_weight_gradients_is_refused():
     for loss_of in (lambda y: F.cross_entropy(y, LABELS), lambda y: y.sum()):
         _, ours, _ = both()
         for parameters in (list(ours.parameters()), [ours[2].weight], [ours[7].weight], [ours[5].bias]):
-            first = torch.autograd.grad(loss_of(ours(X)), parameters, create_graph=True)    # alone it does no harm
+            first = torch.autograd.grad(loss_of(ours(X)), parameters, create_graph=True)    # alone no harm
             with pytest.raises(RuntimeError, match="differentiated again"):
                 sum(g.square().sum() for g in first).backward()
         with torch.no_grad():
@@ -267,8 +268,8 @@ def test_a_layer_with_a_forward_of_its_own_keeps_backprop_and_is_named():
     replaced = ours[5].forward
     ours[5].forward = lambda x: 2 * replaced(x)
     plain[5].forward = lambda x, layer=plain[5]: 2 * nn.Linear.forward(layer, x)
-    with pytest.warns(UserWarning, match=r"exact backprop goes through 1 \(SameConv\), 3 \(LinearReLU\), 5 "
-                                         r"\(Linear\)"):
+    with pytest.warns(UserWarning, match=r"exact backprop goes through 1 \(SameConv\), 3 \(LinearReLU\), "
+                                         r"5 \(Linear\)"):
         handle = fa.attach(ours, Transport())
     assert list(handle.layers) == ["4"] and isinstance(ours[4], Initialised) and "Initialised(" in repr(ours)
     for model in (plain, ours):
@@ -281,8 +282,8 @@ def test_a_vision_transformer_is_not_named_for_its_position_embedding():
         def __init__(self):
             super().__init__()
             self.patch, self.pos_embed = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.zeros(1, 4, 8))
-            self.cls, self.mlp, self.mix = nn.Parameter(torch.zeros(1, 1, 8)), nn.Linear(8,
-                                                                                         8), nn.Parameter(torch.eye(8))
+            self.cls, self.mlp, self.mix = (nn.Parameter(torch.zeros(1, 1, 8)), nn.Linear(8, 8),
+                                            nn.Parameter(torch.eye(8)))
 
     _, unknown = fa.find(ViT())
     assert list(unknown) == [""]                                # for `mix`, a matrix
@@ -358,7 +359,7 @@ def test_a_model_that_was_sent_to_another_process():
     ours, theirs = context.Pipe()
     process = context.Process(target=child, args=(model, theirs))
     process.start()
-    theirs.close()  # so that a child that dies does not leave us waiting
+    theirs.close()                              # so that a child that dies does not leave us waiting
     got = ours.recv()
     process.join()
     assert (all(torch.allclose(torch.from_numpy(g), expected[k]) for k, g in got.items())
@@ -376,7 +377,7 @@ def test_a_replica_of_data_parallel_follows_the_rule_with_its_own_weights():
     for name, module in model._modules.items():
         replica._modules[name] = copied = module._replicate_for_data_parallel()
         for key, p in module._parameters.items():
-            leaf = (2 * p).detach().requires_grad_()            # other numbers than the model's own: which ones are used?
+            leaf = (2 * p).detach().requires_grad_()    # other numbers than the model's: which ones are used?
             leaves[f"{name}.{key}"] = leaf
             setattr(copied, key, leaf / 2)
         for key, b in module._buffers.items():
@@ -400,8 +401,8 @@ def test_a_replica_of_data_parallel_follows_the_rule_with_its_own_weights():
 # ---- F: feedback that learns -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("spoil", [lambda layer: parametrizations.weight_norm(layer),
-                                   lambda layer: prune.random_unstructured(
-layer, "weight", 0.5), lambda layer: parametrizations.spectral_norm(layer)],
+                                   lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+                                   lambda layer: parametrizations.spectral_norm(layer)],
                          ids=["weight_norm", "prune", "spectral_norm"])
 def test_kp_refuses_a_weight_that_is_computed(spoil):
     model = network(torch.float32)
@@ -427,8 +428,8 @@ def test_kp_notices_an_optimiser_that_has_not_got_its_feedback(when, optimiser):
     early = optimiser(model.parameters())
     handle = fa.attach(model, fa.KolenPollack())
     chosen = {"before attach": early, "right": optimiser(model.parameters()),
-              "without the feedback": optimiser(
-[p for name, p in model.named_parameters() if not name.endswith("feedback")])}[when]
+              "without the feedback": optimiser([p for name, p in model.named_parameters()
+                                                 if not name.endswith("feedback")])}[when]
 
     def steps(n):
         for _ in range(n):

@@ -144,8 +144,8 @@ def test_shapes_and_dtypes(rule):
         model, x, labels, handle = attached(rule, dtype=dtype)
         got = gradients(model, x, labels)               # fa.py itself refuses a wrong shape, dtype or device
         for name, g in got.items():
-            expect(g is None or g.dtype == dtype, f"the gradient of {name} has {g is not None and g.dtype}, "
-                   f"expected {dtype}")
+            expect(g is None or g.dtype == dtype,
+                   f"the gradient of {name} has {g is not None and g.dtype}, expected {dtype}")
 
 
 def test_finite(rule):
@@ -222,8 +222,7 @@ def test_state_is_saved(rule):
     train(fresh, x, labels, its)
     expect(same(fresh.state_dict(), model.state_dict()), "a fresh rule that took all of it goes another way "
            "than the rule that was saved: something that it uses is neither in self nor a buffer or "
-           "parameter "
-           "of its layer, made in prepare")
+           "parameter of its layer, made in prepare")
 
 
 def test_feedback_is_fixed(rule):
@@ -238,7 +237,7 @@ def test_feedback_is_fixed(rule):
         handle.before_step()
         optimiser.step()
     expect(handle.digest() == digests[0] == digests[1],
-           "the feedback weights changed in training; expected fixed ones, or " "learns = True in the class")
+           "the feedback weights changed in training; expected fixed ones, or learns = True in the class")
 
 
 def test_deterministic(rule):
@@ -249,8 +248,7 @@ def test_deterministic(rule):
         torch.manual_seed(1)
         results.append(gradients(model, x, labels))
     expect(same(*results), "two models with the same seed have different gradients; draw with "
-           "self.draw(layer) or "
-           "self.generator")
+           "self.draw(layer) or self.generator")
 
 
 def test_copies(rule):
@@ -278,8 +276,8 @@ def test_removed(rule):
     handle.before_step()
     handle.remove()
     expect(model.state_dict().keys() == plain.state_dict().keys(),
-           "names are left in the state_dict: " + ", ".join(
-sorted(model.state_dict().keys() - plain.state_dict().keys())))
+           "names are left in the state_dict: "
+           + ", ".join(sorted(model.state_dict().keys() - plain.state_dict().keys())))
     expect(same(gradients(model, x, labels), gradients(plain, x, labels)),
            "the gradients differ from backprop's")
 
@@ -292,9 +290,8 @@ def test_like(rule, request):
     expect(not missing, f"{', '.join(missing)}: no parameters of the model, so no optimiser updates them")
     for name, parameter in wanted.items():
         expect(torch.allclose(got[name], parameter, rtol=1e-6, atol=1e-9),
-               f"after 5 steps {name} differs from what it is "
-               f"under {like}, by {((got[name] - parameter).norm() / parameter.norm()).item():.2g} of "
-               f"its norm")
+               f"after 5 steps {name} differs from what it is under {like}, by "
+               f"{((got[name] - parameter).norm() / parameter.norm()).item():.2g} of its norm")
 
 
 def accuracy_on_gratings(rule):
@@ -319,8 +316,8 @@ def accuracy_on_gratings(rule):
             model.zero_grad()
     model.eval()
     with torch.no_grad():
-        return 100 * (model(normalise(dataset.test_images)).argmax(1)
-                      == dataset.test_labels).float().mean().item()
+        return 100 * (model(normalise(dataset.test_images)).argmax(1) == dataset.test_labels
+                      ).float().mean().item()
 
 
 @functools.cache
@@ -334,5 +331,4 @@ def test_learns(rule):
         pytest.skip("it is the floor")
     reached = accuracy_on_gratings(rule)
     expect(reached >= floor() + 10, f"it reached {reached:.1f} % where frozen hidden layers reach "
-           f"{floor():.1f} %; "
-           f"expected at least {floor() + 10:.1f} %")
+           f"{floor():.1f} %; expected at least {floor() + 10:.1f} %")

@@ -27,8 +27,8 @@ class Transport(fa.Rule):
 
 
 def watch(model):
-    """Fills a dict with the error that comes in at each hidden layer's output and the one that it sends
-    on."""
+    """Fills a dict with the error that comes in at each hidden layer's output
+    and the one that it sends on."""
     seen = {}
 
     def entering(layer, args):
@@ -282,7 +282,7 @@ def test_copies_go_their_own_way(name):
 def test_torchvisions_classifiers_with_b_equal_to_w_are_autograd(name, size):
     """In training, with dropout, stochastic depth and in-place activations, as they come."""
     torch.manual_seed(0)
-    quick = {"init_weights": False} if name.startswith("vgg") else {}       # PyTorch's initialisation will do, and is faster
+    quick = {"init_weights": False} if name.startswith("vgg") else {}   # PyTorch's initialisation is faster
     model = getattr(torchvision.models, name)(num_classes=5, **quick)
     x, labels = torch.randn(2, 3, size, size), torch.tensor([1, 3])
     torch.manual_seed(1)
@@ -321,7 +321,8 @@ def test_unknown_layers_keep_exact_backprop_and_are_named_once():
     with pytest.warns(UserWarning) as caught:
         handle = fa.attach(ours, Transport())
     assert len(caught) == 1
-    assert "up (ConvTranspose2d), attention (MultiheadAttention), mix (ParameterList)" in str(caught[0].message)
+    assert ("up (ConvTranspose2d), attention (MultiheadAttention), mix (ParameterList)"
+            in str(caught[0].message))
     assert list(handle.layers) == ["body", "head"]
     expected = gradients(plain, x, labels)
     assert all(relative(g, expected[n]) < 1e-10 for n, g in gradients(ours, x, labels).items())

@@ -47,8 +47,8 @@ def run(*args, out):
 
 def parts(trainer):
     """What session.gather and session.restore take."""
-    return trainer.model, trainer.handle, [o for o, _
-                                           in trainer.optimisers], trainer.generator, trainer.recording
+    return (trainer.model, trainer.handle, [o for o, _ in trainer.optimisers], trainer.generator,
+            trainer.recording)
 
 
 def an_epoch(trainer, args, step=None, done=0):
@@ -70,8 +70,8 @@ def without_time(log):
 def tensors(state):
     if isinstance(state, torch.Tensor):
         return [state]
-    children = state.values() if isinstance(state,
-                                            dict) else state if isinstance(state, (list, tuple)) else []
+    children = (state.values() if isinstance(state, dict) else
+                state if isinstance(state, (list, tuple)) else [])
     return [t for child in children for t in tensors(child)]
 
 
@@ -95,8 +95,8 @@ def test_the_headline_command_on_the_command_line(tmp_path):
                     f"cpu (no GPU was found), {precision}"]
     assert sgd_and_muon == ["Muon, learning rate 0.05: 19 hidden matrices, 174,336 weights",
                             "Nesterov SGD, learning rate 0.05: 43 tensors, 7,916 weights"]
-    assert re.match(r"epoch   1/2  loss +\d+\.\d{4}  train +\d+\.\d%  test +\d+\.\d%  +\d+\.\d s  \d+m "
-                    r"\d\ds left", epochs[0])
+    assert re.match(r"epoch   1/2  loss +\d+\.\d{4}  train +\d+\.\d%  test +\d+\.\d%  "
+                    r"+\d+\.\d s  \d+m \d\ds left", epochs[0])
     assert (re.match(r"final test accuracy \d+\.\d% \(epoch 2, the last\) · \d+m \d\ds · runs", last[0])
             and len(last) == 1)
     (folder,) = (tmp_path / "runs").iterdir()
@@ -166,8 +166,8 @@ def test_frozen_leaves_hidden_parameters_unchanged(args, tmp_path):
 def test_repaired_feedback_alignment_learns(tmp_path, monkeypatch):
     easy = REAL_GRATINGS(1000, 500, noise=5)
     monkeypatch.setattr(data, "gratings", lambda: easy)
-    assert train.main(["--muon", "--norm", "--width", "8", "--epochs", "8", "--batch-size", "32", "--out",
-                       "run", "--device", "cpu"]) == 0
+    assert train.main(["--muon", "--norm", "--width", "8", "--epochs", "8", "--batch-size", "32",
+                       "--out", "run", "--device", "cpu"]) == 0
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert last["test_accuracy"] > 0.4                          # chance is 10 %
 
@@ -180,7 +180,7 @@ def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
     trainer.model.train()
     assert trainer.test() == log[-1]["test_accuracy"]
     for name, value in trainer.model.state_dict().items():
-        assert torch.equal(value, checkpoint["model"][name])    # a test in training mode would move the statistics
+        assert torch.equal(value, checkpoint["model"][name])    # a test in training mode moves the statistics
     images, labels = trainer.test_images, trainer.test_labels
     predicted = trainer.model.eval()(trainer.normalise(images)).argmax(1)
     assert (predicted == labels).float().mean().item() == pytest.approx(log[-1]["test_accuracy"])
@@ -287,8 +287,8 @@ def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, mon
     assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 3
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     what = "the loss" if where == "loss" else f"the {where} of layers.2.weight"
-    assert (last["diverged"], last["step"], last["not_finite"],
-            last["test_accuracy"]) == (True, step, what, None)
+    assert ((last["diverged"], last["step"], last["not_finite"], last["test_accuracy"])
+            == (True, step, what, None))
     assert len(calls) == step                                   # on a CPU it stops there
     assert f"at step {step} (epoch {(step + 3) // 4}) {what} is not finite" in capsys.readouterr().out
 
@@ -448,7 +448,7 @@ def test_wrong_input_is_one_line_and_status_2(wrong, tmp_path, capsys, monkeypat
     assert status == 2 and WRONG[wrong] in err and out == ""
     assert err.startswith("train.py: ") and err.count("\n") == 1 and err.endswith("\n")
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and not p.name.endswith(".lock")}
-    assert after == before  # nothing written, nothing lost; a data folder may be new
+    assert after == before                      # nothing written, nothing lost; a data folder may be new
     assert sorted(p for p in tmp_path.rglob("*") if p.is_dir() and p.name != "nowhere") == folders
 
 

@@ -25,8 +25,8 @@ ENVIRONMENTS = {
 def start(cwd, *args, script="train.py", **env):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
     return subprocess.Popen([sys.executable, str(ROOT / script), *args], cwd=cwd, stdin=subprocess.DEVNULL,
-                            env={key: value for key, value in environment.items() if value
-                                 or key == "CUDA_VISIBLE_DEVICES"},
+                            env={key: value for key, value in environment.items()
+                                 if value or key == "CUDA_VISIBLE_DEVICES"},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -40,7 +40,8 @@ def test_any_environment(name, tmp_path):
                     **ENVIRONMENTS[name])
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert b"final test accuracy" in out and b"Traceback" not in err and err.count(b"\n") <= 2, err     # matplotlib may warn
+    # at most two lines: matplotlib may warn
+    assert b"final test accuracy" in out and b"Traceback" not in err and err.count(b"\n") <= 2, err
     assert {p.name for p in (folder / "ein Lauf").iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt",
                                                                  "curves.png"}
 

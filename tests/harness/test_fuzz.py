@@ -25,7 +25,8 @@ hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 given, example, settings = hypothesis.given, hypothesis.example, hypothesis.settings
 
-# derandomize: a failure belongs to a change of the code, not to chance. No deadline: the first call of a kernel is slow.
+# derandomize: a failure belongs to a change of the code, not to chance. No deadline: the first call of a
+# kernel is slow.
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=200)
 settings.load_profile("suite")
 
@@ -112,8 +113,8 @@ def stacks(draw, smallest=1):
     batch = draw(st.lists(st.integers(1, 3), max_size=2))
     m, n = draw(st.integers(smallest, 9)), draw(st.integers(smallest, 9))
     r, seed = draw(st.integers(0, 9)), draw(SEEDS)                          # rank 0: a zero matrix
-    M = normal(seed, *batch, m, r) @ normal(seed + 1, *batch, r,
-                                            n) if draw(st.booleans()) else normal(seed, *batch, m, n)
+    M = (normal(seed, *batch, m, r) @ normal(seed + 1, *batch, r, n) if draw(st.booleans()) else
+         normal(seed, *batch, m, n))
     M = M * 10.0 ** draw(st.integers(-30, 100))
     layout = draw(st.sampled_from(["contiguous", "transposed", "strided", "expanded"]))
     if layout == "transposed":
@@ -186,8 +187,8 @@ def by_svd(M):
     sigma = torch.linalg.svdvals(M.double())
     p = (sigma / sigma.sum())[sigma > 0]
     energy = (sigma / sigma[0]) ** 2
-    return (-(p * p.log()).sum()).exp().item(), (energy.sum() ** 2
-                                                 / (energy ** 2).sum()).item(), energy.sum().item()
+    return ((-(p * p.log()).sum()).exp().item(), (energy.sum() ** 2 / (energy ** 2).sum()).item(),
+            energy.sum().item())
 
 
 def measured(M):
@@ -305,14 +306,14 @@ TENSORS = st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype),
                     st.sampled_from([torch.uint8, torch.int64, torch.float32, torch.bool]))
 OBJECTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | TENSORS,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text() | st.integers(), inner, max_size=3), max_leaves=6)
+    lambda inner: (st.lists(inner, max_size=3) |
+                   st.dictionaries(st.text() | st.integers(), inner, max_size=3)), max_leaves=6)
 
 
 @given(field=st.sampled_from(data.Dataset._fields), value=OBJECTS, whole_file=st.booleans())
 def test_a_cache_that_holds_something_else(root, field, value, whole_file):
-    assert loads_or_says_why(root,
-                             serialised(value if whole_file else {**WHOLE._asdict(), field: value})) is None
+    assert loads_or_says_why(
+        root, serialised(value if whole_file else {**WHOLE._asdict(), field: value})) is None
 
 
 @example("train_labels", torch.Tensor.to_sparse)
@@ -339,7 +340,8 @@ FLAGS = sorted(flag for action in flags.parser()._actions for flag in action.opt
                if flag not in ("-h", "--help"))
 NUMBERS = st.integers().map(str) | st.floats().map(str) | \
     st.sampled_from(["0", "1", "2", "-1", "1e400", "-0.0", "nan", "inf", "0x10", "1_0", "\u0663", "9" * 400])
-ANY_TEXT = st.text(st.characters(), max_size=8)         # lone surrogates too: sys.argv has them where bytes are not UTF-8
+# Lone surrogates too: sys.argv has them where bytes are not UTF-8.
+ANY_TEXT = st.text(st.characters(), max_size=8)
 WORDS = st.sampled_from([*fa.RULES, *norm.KINDS, *data.NAMES, *models.MODELS, *models.INITS, "cpu", "cuda",
                          "cuda:0", "meta", "cpu:-1", "cuda:99999999999", ".", "..", "x" * 300, "no.py:Rule",
                          "tests:", "--", "-", "", "[]"])

@@ -17,7 +17,8 @@ import norm
 import train
 from harness import flags, graph, parallel, session
 
-NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be reported later"
+NO_KERNEL = ("CUDA error: no kernel image is available for execution on the device\n"
+             "CUDA kernel errors might be reported later")
 
 
 @pytest.fixture
@@ -151,13 +152,13 @@ def failing(error):
 
 
 def test_the_first_error_of_a_recording_is_said():
-    with pytest.raises(graph.RecordError, match="as a CUDA graph: operation not permitted when stream is "
-                                                "capturing$"):
+    with pytest.raises(graph.RecordError,
+                       match="as a CUDA graph: operation not permitted when stream is capturing$"):
         failing(RuntimeError("operation not permitted when stream is capturing\nmore"))(torch.ones(1))
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
-                                       "capacity of 1.00 GiB")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. "
+                                       "GPU 0 has a total capacity of 1.00 GiB")
 
 
 def test_memory_that_is_full_has_nothing_to_do_with_recording():
@@ -313,10 +314,10 @@ class OnMeta(TorchDispatchMode):
 def step_on_meta(case, fault=None):
     """One step on the CPU, after which momentum and feedback are there, and the next one on meta."""
     trainer = made(case, cuda_settings=True)
-    for _ in range(3):  # until a rule has seen that its feedback moves
+    for _ in range(3):                          # until a rule has seen that its feedback moves
         trainer.step(torch.arange(16))
     trainer.model.zero_grad()
-    torch.__future__.set_swap_module_params_on_conversion(True)         # the optimisers' parameters too, being the same ones
+    torch.__future__.set_swap_module_params_on_conversion(True)     # the optimisers' parameters are the same
     try:
         trainer.model.to("meta")
     finally:
@@ -333,7 +334,8 @@ def step_on_meta(case, fault=None):
         return trainer.step(torch.arange(16, device="meta"))
 
 
-@pytest.mark.parametrize("norm", ["", *(f"--norm {kind}" for kind in norm.KINDS if kind != "whiten")])      # no autocast
+# whiten: no autocast
+@pytest.mark.parametrize("norm", ["", *(f"--norm {kind}" for kind in norm.KINDS if kind != "whiten")])
 @pytest.mark.parametrize("rule", fa.RULES)
 def test_a_step_asks_for_no_value_and_stays_on_the_device(rule, norm):
     for rest in ("", "--muon --amp"):

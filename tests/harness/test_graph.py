@@ -46,9 +46,9 @@ def standing_in(trainer):
     """record(): runs the step once to see its operations, then puts everything back,
     as recording a CUDA graph runs nothing."""
     def record(step, generator):
-        state = [*trainer.model.state_dict().values(), *(t for optimiser, _ in trainer.optimisers
-                 for entry in optimiser.state.values() for t in entry.values()
-                                                         if isinstance(t, torch.Tensor))]
+        state = [*trainer.model.state_dict().values(),
+                 *(t for optimiser, _ in trainer.optimisers for entry in optimiser.state.values()
+                   for t in entry.values() if isinstance(t, torch.Tensor))]
         before, random = [t.detach().clone() for t in state], generator.get_state()
         recorder = Recorder()
         with recorder:
@@ -70,8 +70,8 @@ def trained(case, replayed, monkeypatch, change=None):
     if change:
         monkeypatch.setattr(train.Trainer, "step", change(train.Trainer.step))
     trainer = train.Trainer(args, data.gratings(160, 30))
-    step = graph.Graphed(trainer.step, trainer.generator,
-                         record=standing_in(trainer)) if replayed else trainer.step
+    step = (graph.Graphed(trainer.step, trainer.generator, record=standing_in(trainer)) if replayed else
+            trainer.step)
     losses = an_epoch(trainer, args, step) + an_epoch(trainer, args, step, done=10)
     assert not replayed or step.replay is not None
     return copy.deepcopy(trainer.model.state_dict()), losses
@@ -112,8 +112,8 @@ def test_with_tensors_for_learning_rates_the_numbers_are_those_without(monkeypat
     """Fused SGD rounds otherwise; after one epoch the weights agree to float32 rounding."""
     weights = []
     for tensors in (False, True):
-        args = flags.parse("--device cpu --width 4 --batch-size 16 --epochs 1 --subset 64 --norm "
-                           "--rule bp".split())
+        args = flags.parse("--device cpu --width 4 --batch-size 16 --epochs 1 --subset 64 --norm --rule bp"
+                           .split())
         args.graph = tensors
         trainer = train.Trainer(args, data.gratings(64, 30))
         an_epoch(trainer, args)
@@ -153,13 +153,14 @@ def test_the_stand_in_can_fail(monkeypatch):
 
 def test_what_cannot_be_recorded_is_said():
     def refuse(run, generator):
-        raise RuntimeError("operation not permitted when stream is capturing\nCompile with "
-                           "`TORCH_USE_CUDA_DSA`")
+        raise RuntimeError("operation not permitted when stream is capturing\n"
+                           "Compile with `TORCH_USE_CUDA_DSA`")
 
     step = graph.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=refuse)
     with pytest.raises(graph.RecordError) as stopped:
         step(torch.ones(1))
-    assert str(stopped.value) == "the step cannot be recorded as a CUDA graph: operation not permitted when stream is capturing"
+    assert str(stopped.value) == ("the step cannot be recorded as a CUDA graph: "
+                                  "operation not permitted when stream is capturing")
 
 
 def test_memory_is_kept():

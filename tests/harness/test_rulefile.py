@@ -32,29 +32,26 @@ BROKEN = {                                                      # source: (line 
     "class MyRule: pass\n": (None, "MyRule is not a subclass of fa.Rule"),
     "MyRule = 3\n": (None, "MyRule is not a subclass of fa.Rule; expected one of: class MyRule(fa.FA)"),
     "import fa\nclass MyRule(fa.Rule): pass\n": (None, "MyRule has no backward"),
-    HEAD + BACKWARD + "return layer.feedbck\n": (4, "in backward: AttributeError: 'Linear' object has no "
-                                                 "attribute 'feedbck'"),
-    HEAD + BACKWARD + "return error\n": (3, "returned a tensor of shape (4, 3), torch.float32 on cpu for "
-                                         "Linear(in_features=5, "
-                                            "out_features=3, bias=True); expected the error at its input, "
-                                         "shape (4, 5)"),
-    HEAD + BACKWARD + "return super().backward(layer, error, "
-          "input_shape).double()\n": (3, "torch.float64 on cpu for Linear"),
-    HEAD + BACKWARD + "return super().backward(layer, error, input_shape) "
-          "/ 0\n": (3, "returned NaN or infinity for Linear"),
+    HEAD + BACKWARD + "return layer.feedbck\n":
+        (4, "in backward: AttributeError: 'Linear' object has no attribute 'feedbck'"),
+    HEAD + BACKWARD + "return error\n":
+        (3, "returned a tensor of shape (4, 3), torch.float32 on cpu for Linear(in_features=5, "
+            "out_features=3, bias=True); expected the error at its input, shape (4, 5)"),
+    HEAD + BACKWARD + "return super().backward(layer, error, input_shape).double()\n":
+        (3, "torch.float64 on cpu for Linear"),
+    HEAD + BACKWARD + "return super().backward(layer, error, input_shape) / 0\n":
+        (3, "returned NaN or infinity for Linear"),
     HEAD + BACKWARD + "return 'error'\n": (3, "MyRule.backward returned 'error' for Linear"),
     HEAD + "    def backward(self, layer):\n        return None\n": (None, "TypeError"),
     HEAD + "    def prepare(self, layer):\n        layer.weight.no_such\n": (4, "in prepare: AttributeError"),
-    HEAD + "    def before_step(self, layer):\n        raise "
-          "KeyError('me')\n": (4, "in before_step: KeyError: 'me'"),
-    HEAD + "    def __init__(self):\n        "
-          "super().__init__()\n": (None, "expected an __init__(self, seed=0, ...)"),
+    HEAD + "    def before_step(self, layer):\n        raise KeyError('me')\n":
+        (4, "in before_step: KeyError: 'me'"),
+    HEAD + "    def __init__(self):\n        super().__init__()\n":
+        (None, "expected an __init__(self, seed=0, ...)"),
     HEAD + "    def __init__(self, seed=0):\n        pass\n": (None, "does not call super().__init__(seed)"),
-    HEAD + KEEPS.format("{layer: 1}"): (None, "self.kept of MyRule cannot be saved in a checkpoint; expected "
-                                        "tensors, "
-                                              "numbers, texts, and lists or dictionaries of them; give it a "
-                                        "name that "
-                                              "begins with _ or override state_dict"),
+    HEAD + KEEPS.format("{layer: 1}"):
+        (None, "self.kept of MyRule cannot be saved in a checkpoint; expected tensors, numbers, texts, and "
+               "lists or dictionaries of them; give it a name that begins with _ or override state_dict"),
     HEAD + KEEPS.format("lambda: 1"): (None, "self.kept of MyRule cannot be saved in a checkpoint"),
 }
 
@@ -119,8 +116,8 @@ def test_what_a_rule_keeps_can_be_saved_or_is_its_own_affair(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for number, source in enumerate([KEEPS.format("[1, 'two', {3: torch.ones(1)}]"),
                                      KEEPS.format("{layer: 1}").replace("self.kept", "self._kept"),
-                                     KEEPS.format("{layer: 1}") + "    def state_dict(self):\n        "
-                                     "return {}\n"]):
+                                     KEEPS.format("{layer: 1}")
+                                     + "    def state_dict(self):\n        return {}\n"]):
         (tmp_path / f"rule{number}.py").write_text(HEAD + source)
         assert rulefile.load(f"rule{number}.py:MyRule")
     (tmp_path / "unsaved.py").write_text(HEAD + KEEPS.format("{layer: 1}"))
@@ -166,8 +163,8 @@ def test_a_changed_file_is_another_rule(tmp_path, monkeypatch):
 
 def test_a_constructor_of_ones_own_need_not_know_gain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rule.py").write_text(HEAD + "    def __init__(self, seed=0):\n        "
-                                         "super().__init__(seed)\n")
+    (tmp_path / "my_rule.py").write_text(
+        HEAD + "    def __init__(self, seed=0):\n        super().__init__(seed)\n")
     chosen = rulefile.load("my_rule.py:MyRule")
     assert isinstance(rulefile.make(chosen, 0), fa.FA)
     assert train.main(["--rule", "my_rule.py:MyRule", "--feedback-gain", "3", *SMALL]) == 2
@@ -201,7 +198,7 @@ def test_reproduce_puts_it_beside_feedback_alignment(tmp_path, monkeypatch, caps
     assert len(calls) == 5 and calls[-1].argv[:3] == ["--rule", "my_rule.py:MyRule", "--norm"]
     assert ("3 of 5 runs are in" in printed and "| my_rule.MyRule | " in printed
             and "| my_rule.MyRule + norm | " in printed)
-    assert (tmp_path / "results" / "tiny.jsonl").read_text() == committed       # and what is one's own goes elsewhere
+    assert (tmp_path / "results" / "tiny.jsonl").read_text() == committed   # one's own goes elsewhere
     assert len((tmp_path / "mine" / "tiny.jsonl").read_text().splitlines()) == 5
     assert (tmp_path / "mine" / "tiny.png").exists()
     assert reproduce.main(["none", "--device", "cpu", "--rule", "dfa"]) == 2
