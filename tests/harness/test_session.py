@@ -455,8 +455,9 @@ SPOILS = {
                      "does not fit the"),
     "no identity": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s.pop("identity")),
                     "not this run's"),
-    "another data set": (
-        lambda run: rewritten(run / "checkpoint.pt", lambda s: s["identity"].update(data="0")), "with data 0"),
+    "another data set":
+        (lambda run: rewritten(run / "checkpoint.pt", lambda s: s["identity"].update(data="0")),
+         "with data 0"),
     "another device": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s.update(device="cuda")),
                        "stopped within an epoch on a cuda device"),
 }
