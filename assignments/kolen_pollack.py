@@ -1,11 +1,12 @@
 """Assignment: Kolen–Pollack learning, feedback weights that become the forward weights (Akrout et al. 2019).
 
-Feedback alignment keeps its feedback weights B fixed. Kolen and Pollack (1994) let them learn: B starts at random and takes
-the same updates as W, weight decay λ included,
+Feedback alignment keeps its feedback weights B fixed. Kolen and Pollack (1994) let them learn: B starts at
+random and takes the same updates as W, weight decay λ included,
 
     W ← (1 - ηλ) W + ΔW        B ← (1 - ηλ) B + ΔW
 
-so W - B shrinks by 1 - ηλ a step, and in the end the error goes back through B = W without any weight ever transported.
+so W - B shrinks by 1 - ηλ a step, and in the end the error goes back through B = W without any weight ever
+transported.
 
 Fill in the two methods, one line each, then see it learn and have it graded (from the project's folder):
 
@@ -22,7 +23,8 @@ class MyRule(fa.FA):
 
     def prepare(self, layer):
         """Called once for each hidden layer, before training."""
-        raise NotImplementedError("make layer.feedback a parameter (the optimiser then updates it), drawn by self.draw(layer)")
+        raise NotImplementedError("make layer.feedback a parameter (the optimiser then updates it), drawn by "
+                                  "self.draw(layer)")
 
     def before_step(self, layer):
         """Called for each hidden layer after the backward pass, before the optimiser's step."""

@@ -3,13 +3,14 @@
     python tests/benchmark.py                              # on a GPU where there is one, else on the CPU
     python tests/benchmark.py --device cpu --out results/benchmark-cpu.json
 
-Rows of a group take turns, in another order each round, so that a busy machine is fair to all of them; a figure is the median
-over the rounds, and behind ± half the distance between the quartiles. A step is `train.Trainer.step`:
-augmentation, forward, backward with the hooks, Muon and SGD. Operations are those that compute or copy something; on
-a GPU each is at least one kernel launch, but a captured step is one in all.
+Rows of a group take turns, in another order each round, so that a busy machine is fair to all of them; a
+figure is the median over the rounds, and behind ± half the distance between the quartiles. A step is
+`train.Trainer.step`: augmentation, forward, backward with the hooks, Muon and SGD. Operations are those that
+compute or copy something; on a GPU each is at least one kernel launch, but a captured step is one in all.
 
-The ceiling of a precision is what large matrix products and convolutions reach in it, measured in the same process. A precision
-that the machine has no instructions for is left out. On two cores it takes some four minutes, most of them for width 64.
+The ceiling of a precision is what large matrix products and convolutions reach in it, measured in the same
+process. A precision that the machine has no instructions for is left out. On two cores it takes some four
+minutes, most of them for width 64.
 """
 import copy
 import itertools
@@ -53,7 +54,7 @@ def in_turns(device: torch.device, rows: dict, rounds: int, repeat: int = 1) -> 
     for call in [*rows.values(), *rows.values()]:
         call()
     for _ in range(rounds):
-        for name in order.sample(list(rows), len(rows)):        # what ran just before leaves its traces in caches and memory
+        for name in order.sample(list(rows), len(rows)):    # what ran just before leaves traces in the caches
             call = rows[name]
             wait(device)
             start = time.perf_counter()
@@ -69,10 +70,11 @@ def spread(seconds: list[float]) -> float:
     return (high - low) / 2
 
 
-# ---- the step --------------------------------------------------------------------------------------------------
+# ---- the step ----------------------------------------------------------------------------------------------
 
 def plain_hooks(trainer: train.Trainer, rule: fa.Rule) -> None:
-    """Feedback alignment by a full backward hook alone: autograd computes Wᵀδ too, and the hook throws it away."""
+    """Feedback alignment by a full backward hook alone: autograd computes Wᵀδ too,
+    and the hook throws it away."""
     layers = [m for m in trainer.model.modules() if isinstance(m, fa.Layer)]
     for layer in layers[1:]:
         rule.prepare(layer)
@@ -80,9 +82,11 @@ def plain_hooks(trainer: train.Trainer, rule: fa.Rule) -> None:
         layer.register_full_backward_hook(fa._replace_error)
 
 
-FLAGS = {"BP + norm": "--rule bp --norm", "FA + norm, plain hook": "--rule bp --norm", "FA + norm": "--rule fa --norm",
-         "FA": "--rule fa", "BP": "--rule bp", "FA + Muon": "--rule fa --muon", "FA + Muon + norm": "--rule fa --muon --norm"}
-AGAINST = {"FA": "BP", "FA + Muon": "BP", **{name: "BP + norm" for name in FLAGS if name.startswith("FA") and "norm" in name}}
+FLAGS = {"BP + norm": "--rule bp --norm", "FA + norm, plain hook": "--rule bp --norm",
+         "FA + norm": "--rule fa --norm", "FA": "--rule fa", "BP": "--rule bp",
+         "FA + Muon": "--rule fa --muon", "FA + Muon + norm": "--rule fa --muon --norm"}
+AGAINST = {"FA": "BP", "FA + Muon": "BP",
+           **{name: "BP + norm" for name in FLAGS if name.startswith("FA") and "norm" in name}}
 MAIN = ["BP + norm", "FA + norm", "FA + Muon + norm"]
 
 
@@ -99,7 +103,8 @@ def precisions(device: torch.device) -> dict[str, torch.dtype]:
 
 
 def variants(device: torch.device, names: list[str]) -> dict[str, Variant]:
-    """What is measured, by the names of its rows: `names` in the first precision, MAIN in the other and in a CUDA graph."""
+    """What is measured, by the names of its rows: `names` in the first precision,
+    MAIN in the other and in a CUDA graph."""
     listed, first = {}, next(iter(precisions(device)))
     for precision in precisions(device):
         tail, amp = (", bf16", "--amp") if precision == "bf16" else ("", "--no-amp")
@@ -119,14 +124,15 @@ def step_of(device: torch.device, width: int, batch: int, name: str, asked: str)
     labels = torch.randint(100, (4 * batch,), generator=generator)
     dataset = data.Dataset(images, labels, images[:10], labels[:10], [str(i) for i in range(100)])
     rates = ["--lr", "1e-6", *["--muon-lr", "1e-6"] * ("--muon" in asked)]
-    args = flags.parse(["--dataset", "cifar100", "--width", str(width), "--batch-size", str(batch), "--epochs", "100000",
-                        "--device", str(device), *rates, *asked.split()])
+    args = flags.parse(["--dataset", "cifar100", "--width", str(width), "--batch-size", str(batch),
+                        "--epochs", "100000", "--device", str(device), *rates, *asked.split()])
     trainer = train.Trainer(args, dataset)
     step = graph.Graphed(trainer.step, trainer.generator) if args.graph else trainer.step
     trainer.model.train()
     if "plain hook" in name:
         plain_hooks(trainer, fa.FA(seed=0))
-    order = (chosen for _ in itertools.count() for chosen in data.indices(4 * batch, batch, trainer.generator))
+    order = (chosen for _ in itertools.count()
+             for chosen in data.indices(4 * batch, batch, trainer.generator))
     return lambda: step(next(order))
 
 
@@ -153,7 +159,8 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return max(flops[way] / statistics.median(each) for way, each in in_turns(device, ways, 10).items())
 
 
-def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: dict[str, float], names: list[str]) -> list[dict]:
+def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: dict[str, float],
+              names: list[str]) -> list[dict]:
     gpu, flops, calls, at_rest = device.type == "cuda", flops_an_image(width), {}, {}
     listed, held = variants(device, names), allocated(device)
     for name, variant in listed.items():
@@ -165,11 +172,14 @@ def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: di
     seconds, rows = in_turns(device, calls, rounds, repeat=10 if gpu else 1), []
     for name, each in seconds.items():
         median, captured = statistics.median(each), name.endswith("captured")
-        peak = None if captured or not gpu else at_rest[name] + more_in(device, calls[name])    # a graph's own is not seen
-        rows.append({"group": f"step, ResNet-18 of width {width}, batch {batch}", "row": name, "seconds": median,
-                     "spread": spread(each), "against": listed[name].against, "images_per_second": batch / median,
+        # a graph's own peak is not seen
+        peak = None if captured or not gpu else at_rest[name] + more_in(device, calls[name])
+        rows.append({"group": f"step, ResNet-18 of width {width}, batch {batch}", "row": name,
+                     "seconds": median, "spread": spread(each), "against": listed[name].against,
+                     "images_per_second": batch / median,
                      "share_of_ceiling": batch * flops / median / top[listed[name].precision],
-                     "peak_MiB": peak and peak / 2 ** 20, "operations": 1 if captured else operations_of(calls[name])})
+                     "peak_MiB": peak and peak / 2 ** 20,
+                     "operations": 1 if captured else operations_of(calls[name])})
     return rows
 
 
@@ -187,10 +197,11 @@ def more_in(device: torch.device, call: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-# ---- the parts -------------------------------------------------------------------------------------------------
+# ---- the parts ---------------------------------------------------------------------------------------------
 
 class CountOperations(TorchDispatchMode):
-    """Operations that compute or copy something; on a GPU each is at least one kernel launch. Views are none."""
+    """Operations that compute or copy something; on a GPU each is at least one kernel launch.
+    Views are none."""
 
     def __init__(self):
         super().__init__()
@@ -210,7 +221,8 @@ def operations_of(call) -> int:
 
 
 def memory_rows(device: torch.device, width: int, batch: int, rounds: int) -> list[dict]:
-    """A step before and after graph.prepare, which on a CPU keeps the memory of dead tensors; so call it first of all."""
+    """A step before and after graph.prepare, which on a CPU keeps the memory of dead tensors;
+    so call it first of all."""
     call, seconds = step_of(device, width, batch, "", FLAGS["FA + Muon + norm"] + " --no-amp"), {}
     for name in ("given back", "kept"):
         seconds[name] = in_turns(device, {name: call}, rounds)[name]
@@ -219,7 +231,8 @@ def memory_rows(device: torch.device, width: int, batch: int, rounds: int) -> li
 
 
 def convolution_rows(device: torch.device, width: int, batch: int, rounds: int, precision: str) -> list[dict]:
-    """Error and weight gradient of a step's hidden convolutions: by one call, as autograd does with W, or by two, as with B."""
+    """Error and weight gradient of a step's hidden convolutions: by one call, as autograd does with W,
+    or by two, as with B."""
     import models
     calls, dtype = [], precisions(device)[precision]
     model = models.resnet18(100, "batch", width).to(device, dtype, memory_format=torch.channels_last)
@@ -242,8 +255,8 @@ def convolution_rows(device: torch.device, width: int, batch: int, rounds: int, 
             backward(*call, (False, True, False))
             backward(*call, (True, False, False))
 
-    return timed(device, f"backward of the {len(calls)} hidden convolutions, width {width}, batch {batch}, {precision}",
-                 {"one call for both gradients": one, "two calls": two}, rounds)
+    return timed(device, f"backward of the {len(calls)} hidden convolutions, width {width}, batch {batch}, "
+                 f"{precision}", {"one call for both gradients": one, "two calls": two}, rounds)
 
 
 def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
@@ -256,7 +269,8 @@ def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
     ours = muon.Muon(hidden, 1e-6, weight_decay=0.01)
     theirs = torch.optim.Muon(flat, 1e-6, weight_decay=0.01)
     rows = {"torch.optim.Muon, flattened weights": theirs.step, "ours": ours.step}
-    result = timed(device, f"Muon step, the {len(hidden)} hidden matrices of ResNet-18, width {width}", rows, rounds)
+    result = timed(device, f"Muon step, the {len(hidden)} hidden matrices of ResNet-18, width {width}", rows,
+                   rounds)
     for row, call in zip(result, rows.values()):
         row["operations"] = operations_of(call)
     return result
@@ -266,20 +280,22 @@ def rank_rows(device: torch.device, rounds: int) -> list[dict]:
     M = torch.randn(512, 4608, device=device)
     M = M * torch.logspace(0, -2, 4608, device=device)
     return timed(device, "effective rank of a 512 × 4608 matrix",
-                 {"torch.linalg.svdvals, float64": lambda: torch.linalg.svdvals(M.double()), "ours, float64 Gram matrix":
-                  lambda: rank.effective_rank(M)}, rounds)
+                 {"torch.linalg.svdvals, float64": lambda: torch.linalg.svdvals(M.double()),
+                  "ours, float64 Gram matrix": lambda: rank.effective_rank(M)}, rounds)
 
 
 def epoch_rows(device: torch.device, rounds: int) -> list[dict]:
     """The data's part of an epoch: order, crops and flips of 50,000 images."""
     images = torch.randint(256, (50000, 3, 32, 32), dtype=torch.uint8, device=device)
-    labels, generator = torch.zeros(50000, dtype=torch.int64, device=device), torch.Generator(device).manual_seed(0)
+    labels, generator = (torch.zeros(50000, dtype=torch.int64, device=device),
+                         torch.Generator(device).manual_seed(0))
 
     def epoch() -> None:
         for _ in data.batches(images, labels, 512, generator):
             pass
 
-    return timed(device, "data of an epoch, 50,000 images in batches of 512", {"order, crops and flips": epoch}, rounds)
+    return timed(device, "data of an epoch, 50,000 images in batches of 512",
+                 {"order, crops and flips": epoch}, rounds)
 
 
 def start_rows(device: torch.device, rounds: int) -> list[dict]:
@@ -289,14 +305,15 @@ def start_rows(device: torch.device, rounds: int) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             out, start = Path(folder) / "run", time.perf_counter()
             command = [sys.executable, ROOT / "train.py", "--subset", "64", "--width", "4", "--epochs", "1"]
-            process = subprocess.Popen([*command, "--device", str(device), "--out", out], stdout=subprocess.DEVNULL)
+            process = subprocess.Popen([*command, "--device", str(device), "--out", out],
+                                       stdout=subprocess.DEVNULL)
             while not (out / "log.jsonl").exists() and process.poll() is None:
                 time.sleep(0.005)
             stopped = time.perf_counter() - start
             process.wait()
             seconds.append(stopped - json.loads((out / "log.jsonl").read_text())["seconds"])
-    return [{"group": "start", "row": "from the command to the first step, gratings", "seconds": statistics.median(seconds),
-             "spread": spread(seconds), "against": None}]
+    return [{"group": "start", "row": "from the command to the first step, gratings",
+             "seconds": statistics.median(seconds), "spread": spread(seconds), "against": None}]
 
 
 def timed(device: torch.device, group: str, rows: dict, rounds: int) -> list[dict]:
@@ -310,7 +327,7 @@ def rows_of(group: str, seconds: dict[str, list[float]]) -> list[dict]:
              "against": None if name == first else first} for name, each in seconds.items()]
 
 
-# ---- the table -------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 def ratio(row: dict, rows: list[dict]) -> float | None:
     """Its seconds over those of the row that it is compared with."""
@@ -321,7 +338,8 @@ def ratio(row: dict, rows: list[dict]) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.{max(0, 2 - int(math.log10(1000 * seconds + 1e-9)))}f} ms"
+    return (f"{seconds:.2f} s" if seconds >= 1 else
+            f"{1000 * seconds:.{max(0, 2 - int(math.log10(1000 * seconds + 1e-9)))}f} ms")
 
 
 def table(rows: list[dict]) -> str:
@@ -331,7 +349,8 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| **{row['group']}** | | | |")
         more = []
         if row.get("images_per_second"):
-            more.append(f"{row['images_per_second']:,.0f} images/s, {row['share_of_ceiling']:.0%} of the ceiling")
+            more.append(f"{row['images_per_second']:,.0f} images/s, "
+                        f"{row['share_of_ceiling']:.0%} of the ceiling")
         if row.get("peak_MiB"):
             more.append(f"{row['peak_MiB']:,.0f} MiB")
         if row.get("operations"):
@@ -345,20 +364,23 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
-    p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
+    p.add_argument("--device", default="auto",
+                   help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
     p.add_argument("--rounds", type=flags.number(int, 2), default=9,
                    help="how often every row is timed (default: 9; of a wide network on a CPU half as often)")
     p.add_argument("--batch-sizes", type=flags.number(int, 1), nargs="+", default=[128, 512], metavar="N")
     p.add_argument("--width", type=flags.number(int, 1),
                    help="of ResNet-18 (default: 64 on a GPU; on a CPU 16, and 64 for the first batch size)")
-    p.add_argument("--out", type=Path, metavar="FILE.json", help="keep the rows, and what they were measured with")
+    p.add_argument("--out", type=Path, metavar="FILE.json",
+                   help="keep the rows, and what they were measured with")
     args = p.parse_args(argv)
     device, _ = flags.choose_device(p, args.device)
     width = args.width or (64 if device.type == "cuda" else 16)
     memory = memory_rows(device, width, max(args.batch_sizes), args.rounds) if device.type == "cpu" else []
     graph.prepare(device)
     top = {precision: ceiling(device, dtype) for precision, dtype in precisions(device).items()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"CPU, {torch.get_num_threads()} threads")
     print(f"{name} · torch {torch.__version__} · large matrix products reach "
           + ", ".join(f"{reached / 1e12:.3g} TFLOP/s in {precision}" for precision, reached in top.items()))
     if "bf16" not in top:
@@ -376,7 +398,8 @@ def main(argv: list[str] | None = None) -> int:
     rows += rank_rows(device, args.rounds) + epoch_rows(device, 3) + start_rows(device, 3)
     print(table(rows))
     if args.out:
-        content = {"device": name, "rounds": args.rounds, "ceiling_flop_per_second": top, **session.provenance(), "rows": rows}
+        content = {"device": name, "rounds": args.rounds, "ceiling_flop_per_second": top,
+                   **session.provenance(), "rows": rows}
         files.write_json(args.out, copy.deepcopy(content))
         print(args.out)
     return 0

@@ -16,7 +16,8 @@ import fa  # noqa: E402
 import grader  # noqa: E402
 from harness import rulefile  # noqa: E402
 
-torch.set_num_threads(1)        # the tensors are tiny: one thread is faster, and its bits are the same on every machine
+# The tensors are tiny: one thread is faster, and its bits are the same on every machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
@@ -37,9 +38,10 @@ def only_the_device_asked_for(request, monkeypatch):
 
 def pytest_addoption(parser):
     parser.addoption("--rule", action="append", default=[], metavar="FILE.py:CLASS",
-                     help="the rule that test_rule_contract.py checks; may be given again, and FILE may be a pattern "
-                          "(default: the rules of fa.py)")
-    parser.addoption("--like", metavar="RULE", help="also check that it does what this rule of fa.py does, such as kp")
+                     help="the rule that test_rule_contract.py checks; may be given again, and FILE may be a "
+                          "pattern (default: the rules of fa.py)")
+    parser.addoption("--like", metavar="RULE",
+                     help="also check that it does what this rule of fa.py does, such as kp")
     parser.addoption("--seconds", type=int, default=120, metavar="S",
                      help="the time that each rule may take (default: 120; a usual one takes far less)")
 

@@ -1,4 +1,5 @@
-"""fa.py against autograd: the same gradients when B = W, an independent projection when not, and nothing computed twice."""
+"""fa.py against autograd: the same gradients when B = W, an independent projection when not,
+and nothing computed twice."""
 import copy
 import itertools
 import math
@@ -27,7 +28,8 @@ class Transport(fa.FA):
 def gradients(model, x, labels=None):
     model.zero_grad()
     y = model(x)
-    loss = F.cross_entropy(y.float() if y.dtype == torch.bfloat16 else y, labels) if labels is not None else y.square().sum()
+    loss = (F.cross_entropy(y.float() if y.dtype == torch.bfloat16 else y, labels) if labels is not None else
+            y.square().sum())
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if not name.endswith("feedback")}
 
@@ -48,7 +50,8 @@ def resnet(width=8, norm="batch", dtype=torch.float64, device="cpu"):
 
 
 CONVOLUTIONS = [dict(stride=s, padding=p, dilation=d, groups=g)
-                for s, p, d, g in itertools.product((1, 2, (2, 1)), (0, 1, (2, 1), "valid", "same"), (1, 2, (1, 2)), (1, 2))
+                for s, p, d, g in itertools.product((1, 2, (2, 1)), (0, 1, (2, 1), "valid", "same"),
+                                                    (1, 2, (1, 2)), (1, 2))
                 if not (p == "same" and s != 1)]
 
 
@@ -57,8 +60,8 @@ CONVOLUTIONS = [dict(stride=s, padding=p, dilation=d, groups=g)
 @pytest.mark.parametrize("kwargs", CONVOLUTIONS, ids=str)
 def test_a_convolution_with_b_equal_to_w_is_backprop(kwargs, kernel):
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, kernel, **kwargs), nn.ReLU(),
-                          nn.Conv2d(6, 2, 1)).double()
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, kernel, **kwargs),
+                          nn.ReLU(), nn.Conv2d(6, 2, 1)).double()
     x = torch.randn(2, 3, 11, 10, dtype=torch.float64)
     ours = copy.deepcopy(plain)
     fa.attach(ours, Transport())
@@ -69,7 +72,8 @@ def test_a_convolution_with_b_equal_to_w_is_backprop(kwargs, kernel):
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (7,)], ids=str)
 def test_linear_on_any_number_of_dimensions(shape):
-    plain = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)).double()
+    plain = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.Tanh(),
+                          nn.Linear(5, 3)).double()
     ours, x = copy.deepcopy(plain), torch.randn(shape, dtype=torch.float64)
     fa.attach(ours, Transport())
     expected = gradients(plain, x)
@@ -190,15 +194,16 @@ def test_no_wasted_work():
     counter = count(model, x, labels)
     convolutions = [layer for layer in hidden(model) if isinstance(layer, nn.Conv2d)]
     through_input = [weight for (to_input, *_), weight in counter.calls if to_input]
-    assert sorted(through_input) == sorted(layer.feedback.data_ptr() for layer in convolutions)     # one each, through B
-    assert sum(to_weight for (_, to_weight, _), _ in counter.calls) == len(convolutions) + 1        # and the stem
+    assert sorted(through_input) == sorted(layer.feedback.data_ptr() for layer in convolutions)    # through B
+    assert sum(to_weight for (_, to_weight, _), _ in counter.calls) == len(convolutions) + 1    # and the stem
     assert len(counter.calls) == 2 * len(convolutions) + 1
     assert model.classifier.weight.data_ptr() not in counter.matrices
     assert model.classifier.feedback.data_ptr() in counter.matrices
 
 
 def test_the_count_sees_the_waste_of_a_plain_hook():
-    """The same hook without the cut: autograd computes Wᵀδ and throws it away. The count above is able to fail."""
+    """The same hook without the cut: autograd computes Wᵀδ and throws it away.
+    The count above is able to fail."""
     model, x, labels = resnet(dtype=torch.float32)
     rule = fa.FA()
     for layer in hidden(model):
@@ -211,7 +216,8 @@ def test_the_count_sees_the_waste_of_a_plain_hook():
 
 
 def test_the_backward_pass_copies_and_adds_no_more_than_backprop():
-    """Neither an input written out only for its shape, nor a sum in new memory because somebody still holds an addend."""
+    """Neither an input written out only for its shape, nor a sum in new memory because somebody still holds
+    an addend."""
     model, x, labels = resnet(dtype=torch.float32)
     model.to(memory_format=torch.channels_last)
 
@@ -241,11 +247,14 @@ def test_the_cut_and_the_plain_hook_agree_to_the_last_bit():
         assert torch.equal(g, expected[name]), name
 
 
-@pytest.mark.parametrize("when", ["after", "before", "inside", "in place before", "in place after", "wrapped"])
+@pytest.mark.parametrize("when", ["after", "before", "inside", "in place before", "in place after",
+                                  "wrapped"])
 def test_a_compiled_model_is_refused(when):
-    """Compiled code may ignore hooks, so nobody may take it for the rule's. `exact()` and a removed rule compile as ever."""
+    """Compiled code may ignore hooks, so nobody may take it for the rule's.
+    `exact()` and a removed rule compile as ever."""
     torch._dynamo.reset()
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(6, 3)
+    model, x = (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)),
+                torch.randn(6, 3))
     if when == "wrapped":
         with pytest.raises(ValueError, match="the model is compiled"):
             fa.attach(torch.compile(model, backend="eager"), fa.FA())
@@ -298,7 +307,8 @@ def test_a_step_that_the_rule_did_not_carry_is_refused(spoil, said):
         return
     spoil(model)
     gradients(model, x, labels)
-    with pytest.raises(fa.HookError, match=f"FA did not carry the error through layer 'blocks.3.conv2': {said}"):
+    with pytest.raises(fa.HookError,
+                       match=f"FA did not carry the error through layer 'blocks.3.conv2': {said}"):
         handle.before_step()
 
 
@@ -353,7 +363,7 @@ def test_feedback_is_drawn_like_the_weight_but_independently(norm):
         n = len(W)
         assert abs(W.std() / B.std() - 1) < 8 / math.sqrt(n)
         assert abs(torch.corrcoef(torch.stack([W, B]))[0, 1]) < 5 / math.sqrt(n)
-        kurtosis = [((v - v.mean()) ** 4).mean() / v.var() ** 2 for v in (W, B)]        # 1.8 uniform, 3 Gaussian
+        kurtosis = [((v - v.mean()) ** 4).mean() / v.var() ** 2 for v in (W, B)]    # 1.8 uniform, 3 Gaussian
         assert abs(kurtosis[0] - kurtosis[1]) < 0.5 + 20 / math.sqrt(n)
 
 
@@ -361,7 +371,8 @@ def test_the_seed_that_drew_the_weights_draws_other_feedback():
     torch.manual_seed(5)
     later, stem = nn.Linear(50, 50), nn.Linear(3, 50)           # W is the first thing that seed 5 draws
     fa.attach(nn.Sequential(stem, later), fa.FA(seed=5))
-    assert abs(torch.corrcoef(torch.stack([later.weight.detach().flatten(), later.feedback.flatten()]))[0, 1]) < 0.1
+    assert abs(torch.corrcoef(torch.stack([later.weight.detach().flatten(),
+                                           later.feedback.flatten()]))[0, 1]) < 0.1
 
 
 def test_a_gain_scales_the_feedback_and_nothing_else():
@@ -372,10 +383,12 @@ def test_a_gain_scales_the_feedback_and_nothing_else():
         assert torch.equal(3 * one, three)
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3, groups=2), nn.Linear(5, 7), nn.Linear(7, 5)], ids=str)
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3, groups=2), nn.Linear(5, 7),
+                                   nn.Linear(7, 5)], ids=str)
 def test_orthogonal_feedback_has_equal_singular_values_at_each_kernel_position_and_the_drawn_norm(layer):
     drawn, orthogonal = fa.FA(seed=0).draw(layer), fa.FA(seed=0, orthogonal=True).draw(layer)
-    assert orthogonal.shape == drawn.shape and orthogonal.norm().item() == pytest.approx(drawn.norm().item(), rel=1e-5)
+    assert (orthogonal.shape == drawn.shape
+            and orthogonal.norm().item() == pytest.approx(drawn.norm().item(), rel=1e-5))
     for position, was in zip(orthogonal.flatten(2).unbind(2) if orthogonal.dim() > 2 else [orthogonal],
                              drawn.flatten(2).unbind(2) if drawn.dim() > 2 else [drawn]):
         sigma = torch.linalg.svdvals(position)
@@ -391,7 +404,7 @@ def test_the_seed_fixes_the_feedback():
         model = models.cnn(width=4)
         state = torch.get_rng_state()
         fa.attach(model, fa.FA(seed=seed))
-        assert torch.equal(state, torch.get_rng_state())        # its own generator: the global one is not touched
+        assert torch.equal(state, torch.get_rng_state())    # its own generator: the global one is not touched
         draws.append(model.layers[1].feedback)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
@@ -399,7 +412,8 @@ def test_the_seed_fixes_the_feedback():
 def test_the_stem_is_left_alone_and_a_wrong_stem_is_an_error():
     model, x, labels = resnet(dtype=torch.float32)
     fa.attach(model, fa.FA())
-    assert not model.stem._backward_hooks and not hasattr(model.stem, "feedback") and "forward" not in vars(model.stem)
+    assert (not model.stem._backward_hooks and not hasattr(model.stem, "feedback")
+            and "forward" not in vars(model.stem))
 
     class HeadFirst(nn.Module):
         def __init__(self):
@@ -422,7 +436,8 @@ def test_the_stem_is_left_alone_and_a_wrong_stem_is_an_error():
 
 
 def test_no_stem_sends_the_error_down_to_the_data():
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3, requires_grad=True)
+    model, x = (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+                torch.randn(5, 3, requires_grad=True))
     fa.attach(model, fa.FA(), stem=())
     entry = model[0](x)
     (error,) = torch.autograd.grad(entry.sum(), x)
@@ -473,7 +488,8 @@ def test_bp_changes_nothing():
     model, x, labels = resnet(dtype=torch.float32)
     before = dict(vars(model.classifier))
     handle = fa.attach(model, fa.BP())
-    assert handle.layers == {} and dict(vars(model.classifier)) == before and not model.stem._forward_pre_hooks
+    assert (handle.layers == {} and dict(vars(model.classifier)) == before
+            and not model.stem._forward_pre_hooks)
     with handle.exact():
         gradients(model, x, labels)
     handle.remove()
@@ -485,16 +501,19 @@ def test_frozen_trains_the_classifier_alone(norm):
     plain = copy.deepcopy(model)
     fa.attach(model, fa.Frozen())
     F.cross_entropy(model(x), labels).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["classifier.weight", "classifier.bias"]
+    assert ([name for name, p in model.named_parameters() if p.grad is not None]
+            == ["classifier.weight", "classifier.bias"])
     expected = gradients(plain, x, labels)
     assert torch.equal(model.classifier.weight.grad, expected["classifier.weight"])
 
 
 def test_nested_shared_and_in_place():
-    """A layer used twice sends two errors; an in-place activation after a hooked layer is set right, and back."""
+    """A layer used twice sends two errors; an in-place activation after a hooked layer is set right,
+    and back."""
     torch.manual_seed(0)
     shared = nn.Linear(6, 6)
-    plain = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Sequential(shared, nn.ReLU(inplace=True)), shared,
+    plain = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True),
+                          nn.Sequential(shared, nn.ReLU(inplace=True)), shared,
                           nn.ReLU(inplace=True), nn.Linear(6, 3)).double()
     ours, x = copy.deepcopy(plain), torch.randn(4, 5, dtype=torch.float64)
     handle = fa.attach(ours, Transport())

@@ -20,9 +20,10 @@ def test_resnet18_has_the_published_number_of_parameters():
 
 def test_resnet34_and_vgg11_have_torchvisions_numbers_of_parameters():
     """But for the stem, 3×3 for 7×7, and the one linear layer for VGG's three."""
-    assert count(models.resnet34()) == count(torchvision.models.resnet34(num_classes=100)) - 64 * 3 * (49 - 9) == 21_328_292
+    assert (count(models.resnet34()) == count(torchvision.models.resnet34(num_classes=100))
+            - 64 * 3 * (49 - 9) == 21_328_292)
     features = torchvision.models.vgg11_bn().features
-    biases = sum(m.bias.numel() for m in features if isinstance(m, nn.Conv2d))          # which the normalisation has
+    biases = sum(m.bias.numel() for m in features if isinstance(m, nn.Conv2d))  # which the normalisation has
     assert count(models.vgg11()) == count(features) - biases + 512 * 100 + 100 == 9_274_532
     plain = torchvision.models.vgg11().features
     assert count(models.vgg11(norm=None)) == count(plain) + 512 * 100 + 100
@@ -41,7 +42,7 @@ def test_resnet34_computes_what_torchvisions_does():
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     mine, other = ours.state_dict(), theirs.state_dict()
     assert len(mine) == len(other)
-    theirs.load_state_dict(dict(zip(other, mine.values())))                             # both list them in the same order
+    theirs.load_state_dict(dict(zip(other, mine.values())))     # both list them in the same order
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
@@ -49,13 +50,14 @@ def test_resnet34_computes_what_torchvisions_does():
 @pytest.mark.parametrize("classes, w", [(10, 8), (100, 16), (7, 5)])
 @pytest.mark.parametrize("kind", [None, *norm.KINDS])
 def test_counts_by_hand(classes, w, kind):
-    per_channel = {None: 1, "batch": 2, "layer": 2, "rms": 1, "whiten": 2}[kind]         # the bias, gain and bias, or the gain
+    per_channel = {None: 1, "batch": 2, "layer": 2, "rms": 1, "whiten": 2}[kind]    # gain, bias, or both
 
     def conv(i, o, k=3):
         return i * o * k * k + per_channel * o
 
     mlp = 3072 * w + 3 * w * w + 4 * per_channel * w + w * classes + classes
-    cnn = conv(3, w) + conv(w, 2 * w) + conv(2 * w, 4 * w) + conv(4 * w, 4 * w) + 4 * w * 16 * classes + classes
+    cnn = (conv(3, w) + conv(w, 2 * w) + conv(2 * w, 4 * w) + conv(4 * w, 4 * w)
+           + 4 * w * 16 * classes + classes)
     resnet = conv(3, w) + 4 * conv(w, w) + 8 * w * classes + classes
     for o in (2 * w, 4 * w, 8 * w):
         resnet += conv(o // 2, o) + 3 * conv(o, o) + conv(o // 2, o, 1)
@@ -75,9 +77,11 @@ def test_shapes(name, size, channels):
 @pytest.mark.parametrize("make", [models.mlp, models.cnn])
 def test_depth(make, depth):
     model = make(10, None, width=4, depth=depth)
-    assert len(model.layers) == len(model.norms) == depth and model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert (len(model.layers) == len(model.norms) == depth
+            and model(torch.randn(2, 3, 32, 32)).shape == (2, 10))
     if make is models.cnn:
-        strides = {1: [1], 2: [1, 4], 3: [1, 2, 2], 4: [1, 2, 2, 2], 6: [1, 1, 2, 2, 1, 2]}     # 12: each stage three times
+        # 12: each stage three times
+        strides = {1: [1], 2: [1, 4], 3: [1, 2, 2], 4: [1, 2, 2, 2], 6: [1, 1, 2, 2, 1, 2]}
         assert [layer.stride[0] for layer in model.layers] == strides.get(depth, [1, 1, 1] + 3 * [2, 1, 1])
         assert model.layers[-1].out_channels == (4 if depth == 1 else 16)
     if depth == 4:
@@ -105,7 +109,7 @@ def test_without_norm_the_signal_neither_dies_nor_explodes(name):
     entering = {}
     model.classifier.register_forward_pre_hook(lambda m, args: entering.update(x=args[0]))
     model(torch.randn(64, 3, 32, 32))
-    assert 0.1 < entering["x"].square().mean() < (4 if name == "vgg11" else 3)          # each max-pool adds a little
+    assert 0.1 < entering["x"].square().mean() < (4 if name == "vgg11" else 3)  # each max-pool adds a little
 
 
 @pytest.mark.parametrize("kind", ["batch", None])
@@ -132,7 +136,7 @@ def test_the_initialisation_can_be_chosen(name, kind):
         model = models.MODELS[name](norm=kind, width=16, init=init)
         return [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
-    for he, default in zip(weights("he")[:-1], weights("torch")[:-1]):          # the classifier is always torch's
+    for he, default in zip(weights("he")[:-1], weights("torch")[:-1]):  # the classifier is always torch's
         fan_in = he.weight[0].numel()
         scale = he.initialise.keywords["scale"]
         assert he.weight.std().item() * fan_in ** 0.5 == pytest.approx(scale * 2 ** 0.5, rel=0.2)

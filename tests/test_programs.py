@@ -1,4 +1,5 @@
-"""fa.py and muon.split inside other people's programs: hooks, anomaly mode, second derivatives, odd layers, pickles.
+"""fa.py and muon.split inside other people's programs: hooks, anomaly mode, second derivatives, odd layers,
+pickles.
 
 Where B is W the gradients must be autograd's; what cannot be right must be refused in one clear error.
 """
@@ -22,11 +23,12 @@ from test_fa import Transport, gradients, relative
 
 def network(dtype=torch.float64):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, 3, stride=2), nn.Tanh(), nn.Flatten(),
-                         nn.Linear(54, 8), nn.Tanh(), nn.Linear(8, 5)).to(dtype)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, 3, stride=2), nn.Tanh(),
+                         nn.Flatten(), nn.Linear(54, 8), nn.Tanh(), nn.Linear(8, 5)).to(dtype)
 
 
-X, LABELS = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(4)
+X, LABELS = (torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+             torch.arange(4))
 
 
 def both(model=None, rule=None):
@@ -48,7 +50,7 @@ def same(model, ours, tolerance=1e-10):
         assert g is None or relative(g, expected[name]) < tolerance, name
 
 
-# ---- A: the whole error at a layer's output ----------------------------------------------------------------------
+# ---- A: the whole error at a layer's output ----------------------------------------------------------------
 
 @pytest.mark.parametrize("index", [0, 2, 5, 7])
 def test_a_loss_on_a_feature_that_a_forward_hook_kept(index):
@@ -68,10 +70,12 @@ def halve(module, args, output):
     return 0.1 * output if isinstance(module, nn.Linear | nn.Conv2d) else None
 
 
-@pytest.mark.parametrize("kind", ["forward hook", "global forward hook", "tensor hook", "pre-hook", "backward pre-hook"])
+@pytest.mark.parametrize("kind", ["forward hook", "global forward hook", "tensor hook", "pre-hook",
+                                  "backward pre-hook"])
 def test_hooks_that_change_what_passes(kind):
     plain, ours, _ = both()
-    everywhere = [torch.nn.modules.module.register_module_forward_hook(halve)] if kind == "global forward hook" else []
+    everywhere = ([torch.nn.modules.module.register_module_forward_hook(halve)]
+                  if kind == "global forward hook" else [])
     try:
         for model in (plain, ours):
             layer = model[5]
@@ -193,14 +197,14 @@ def test_a_second_derivative_of_weight_gradients_is_refused():
     for loss_of in (lambda y: F.cross_entropy(y, LABELS), lambda y: y.sum()):
         _, ours, _ = both()
         for parameters in (list(ours.parameters()), [ours[2].weight], [ours[7].weight], [ours[5].bias]):
-            first = torch.autograd.grad(loss_of(ours(X)), parameters, create_graph=True)    # alone it does no harm
+            first = torch.autograd.grad(loss_of(ours(X)), parameters, create_graph=True)    # alone no harm
             with pytest.raises(RuntimeError, match="differentiated again"):
                 sum(g.square().sum() for g in first).backward()
         with torch.no_grad():
             assert all(g.isfinite().all() for g in first)
 
 
-# ---- B, C, D: which layers, and how they are called ----------------------------------------------------------------
+# ---- B, C, D: which layers, and how they are called --------------------------------------------------------
 
 class Tokens(nn.Module):
     """A small transformer block that reads its layer's weight and never calls the layer."""
@@ -258,13 +262,14 @@ class Initialised(nn.Linear):
 
 
 def test_a_layer_with_a_forward_of_its_own_keeps_backprop_and_is_named():
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), SameConv(4, 4, 3), nn.Flatten(), LinearReLU(144, 6), Initialised(6, 5),
-                          nn.Linear(5, 5)).double()
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), SameConv(4, 4, 3), nn.Flatten(), LinearReLU(144, 6),
+                          Initialised(6, 5), nn.Linear(5, 5)).double()
     ours = copy.deepcopy(plain)
     replaced = ours[5].forward
     ours[5].forward = lambda x: 2 * replaced(x)
     plain[5].forward = lambda x, layer=plain[5]: 2 * nn.Linear.forward(layer, x)
-    with pytest.warns(UserWarning, match=r"exact backprop goes through 1 \(SameConv\), 3 \(LinearReLU\), 5 \(Linear\)"):
+    with pytest.warns(UserWarning, match=r"exact backprop goes through 1 \(SameConv\), 3 \(LinearReLU\), "
+                                         r"5 \(Linear\)"):
         handle = fa.attach(ours, Transport())
     assert list(handle.layers) == ["4"] and isinstance(ours[4], Initialised) and "Initialised(" in repr(ours)
     for model in (plain, ours):
@@ -277,7 +282,8 @@ def test_a_vision_transformer_is_not_named_for_its_position_embedding():
         def __init__(self):
             super().__init__()
             self.patch, self.pos_embed = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.zeros(1, 4, 8))
-            self.cls, self.mlp, self.mix = nn.Parameter(torch.zeros(1, 1, 8)), nn.Linear(8, 8), nn.Parameter(torch.eye(8))
+            self.cls, self.mlp, self.mix = (nn.Parameter(torch.zeros(1, 1, 8)), nn.Linear(8, 8),
+                                            nn.Parameter(torch.eye(8)))
 
     _, unknown = fa.find(ViT())
     assert list(unknown) == [""]                                # for `mix`, a matrix
@@ -308,7 +314,7 @@ def test_inputs_by_keyword(keyword):
     same(plain, ours)
 
 
-# ---- E: models that travel ----------------------------------------------------------------------------------------
+# ---- E: models that travel ---------------------------------------------------------------------------------
 
 def through_torch_save(model):
     file = io.BytesIO()
@@ -318,7 +324,8 @@ def through_torch_save(model):
 
 
 @pytest.mark.parametrize("rule", fa.RULES)
-@pytest.mark.parametrize("travel", [through_torch_save, lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy],
+@pytest.mark.parametrize("travel", [through_torch_save, lambda m: pickle.loads(pickle.dumps(m)),
+                                    copy.deepcopy],
                          ids=["save", "pickle", "deepcopy"])
 def test_a_model_that_was_saved_whole_follows_its_rule(travel, rule):
     model = network()
@@ -352,10 +359,11 @@ def test_a_model_that_was_sent_to_another_process():
     ours, theirs = context.Pipe()
     process = context.Process(target=child, args=(model, theirs))
     process.start()
-    theirs.close()                                              # so that a child that dies does not leave us waiting
+    theirs.close()                              # so that a child that dies does not leave us waiting
     got = ours.recv()
     process.join()
-    assert all(torch.allclose(torch.from_numpy(g), expected[k]) for k, g in got.items()) and got.keys() == expected.keys()
+    assert (all(torch.allclose(torch.from_numpy(g), expected[k]) for k, g in got.items())
+            and got.keys() == expected.keys())
 
 
 def test_a_replica_of_data_parallel_follows_the_rule_with_its_own_weights():
@@ -369,7 +377,7 @@ def test_a_replica_of_data_parallel_follows_the_rule_with_its_own_weights():
     for name, module in model._modules.items():
         replica._modules[name] = copied = module._replicate_for_data_parallel()
         for key, p in module._parameters.items():
-            leaf = (2 * p).detach().requires_grad_()            # other numbers than the model's own: which ones are used?
+            leaf = (2 * p).detach().requires_grad_()    # other numbers than the model's: which ones are used?
             leaves[f"{name}.{key}"] = leaf
             setattr(copied, key, leaf / 2)
         for key, b in module._buffers.items():
@@ -390,32 +398,38 @@ def test_a_replica_of_data_parallel_follows_the_rule_with_its_own_weights():
     dfa.remove()
 
 
-# ---- F: feedback that learns ----------------------------------------------------------------------------------------
+# ---- F: feedback that learns -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("spoil", [lambda layer: parametrizations.weight_norm(layer), lambda layer: prune.random_unstructured(
-    layer, "weight", 0.5), lambda layer: parametrizations.spectral_norm(layer)], ids=["weight_norm", "prune", "spectral_norm"])
+@pytest.mark.parametrize("spoil", [lambda layer: parametrizations.weight_norm(layer),
+                                   lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+                                   lambda layer: parametrizations.spectral_norm(layer)],
+                         ids=["weight_norm", "prune", "spectral_norm"])
 def test_kp_refuses_a_weight_that_is_computed(spoil):
     model = network(torch.float32)
     spoil(model[5])
     before = {name: dict(vars(m)) for name, m in model.named_modules()}
     with pytest.raises(ValueError, match="its weight is computed from other parameters"):
         fa.attach(model, fa.KolenPollack())
-    assert not any(hasattr(m, "feedback") or hasattr(m, "rule") or hasattr(m, "crossing") for m in model.modules())
+    assert not any(hasattr(m, "feedback") or hasattr(m, "rule") or hasattr(m, "crossing")
+                   for m in model.modules())
     assert type(model[2]) is nn.Conv2d and before.keys() == {name for name, _ in model.named_modules()}
     handle = fa.attach(model, fa.FA())
     F.cross_entropy(model(X.float()), LABELS).backward()
     handle.before_step()
 
 
-@pytest.mark.parametrize("optimiser", [lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.AdamW(p, 0.1, foreach=True),
-                                       lambda p: torch.optim.SGD(p, 0.1, fused=True)], ids=["sgd", "adamw", "fused"])
+@pytest.mark.parametrize("optimiser", [lambda p: torch.optim.SGD(p, 0.1),
+                                       lambda p: torch.optim.AdamW(p, 0.1, foreach=True),
+                                       lambda p: torch.optim.SGD(p, 0.1, fused=True)],
+                         ids=["sgd", "adamw", "fused"])
 @pytest.mark.parametrize("when", ["before attach", "without the feedback", "right"])
 def test_kp_notices_an_optimiser_that_has_not_got_its_feedback(when, optimiser):
     model = network(torch.float32)
     early = optimiser(model.parameters())
     handle = fa.attach(model, fa.KolenPollack())
-    chosen = {"before attach": early, "right": optimiser(model.parameters()), "without the feedback": optimiser(
-        [p for name, p in model.named_parameters() if not name.endswith("feedback")])}[when]
+    chosen = {"before attach": early, "right": optimiser(model.parameters()),
+              "without the feedback": optimiser([p for name, p in model.named_parameters()
+                                                 if not name.endswith("feedback")])}[when]
 
     def steps(n):
         for _ in range(n):
@@ -443,7 +457,7 @@ def test_kp_does_not_mind_a_step_that_is_left_out():
             optimiser.step()
 
 
-# ---- G: dfa ---------------------------------------------------------------------------------------------------------
+# ---- G: dfa ------------------------------------------------------------------------------------------------
 
 class Heads(nn.Module):
     def __init__(self, classes=(3, 3)):
@@ -461,7 +475,8 @@ def test_dfa_uses_the_error_of_this_pass_and_of_no_other():
     error, entry = {}, {}
     for head in model.heads:
         head.register_forward_hook(lambda m, a, o: o.register_hook(lambda g: error.update(e=g)) and None)
-    model.body.register_forward_pre_hook(lambda m, a: a[0].register_hook(lambda g: entry.update(e=g)) and None)
+    model.body.register_forward_pre_hook(lambda m, a: a[0].register_hook(lambda g: entry.update(e=g))
+                                         and None)
     for head in (0, 1, 0):
         model(x, head).square().sum().backward()
         assert torch.allclose(entry["e"], error["e"] @ model.body.feedback)
@@ -496,10 +511,11 @@ def test_dfa_refuses_what_does_not_match(case):
         model = nn.Sequential(stem, body, nn.Tanh())
         whole = nn.ModuleList([model, head])
         fa.attach(whole, fa.DFA())
-        y = head(model(torch.randn(7, 5, 4)).mean(0))           # (T, N, C), and the batch comes first at the end
+        y = head(model(torch.randn(7, 5, 4)).mean(0))   # (T, N, C), and the batch comes first at the end
         fails = lambda: y.sum().backward()
     elif case == "image size":
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                              nn.Linear(4, 2))
         fa.attach(model, fa.DFA())
         model(torch.randn(2, 3, 9, 9)).sum().backward()
         fails = lambda: model(torch.randn(2, 3, 8, 8)).sum().backward()
@@ -513,7 +529,7 @@ def test_dfa_refuses_what_does_not_match(case):
     assert "\n" not in str(error.value)
 
 
-# ---- H: who goes to Muon ------------------------------------------------------------------------------------------
+# ---- H: who goes to Muon -----------------------------------------------------------------------------------
 
 def test_split_lists_a_shared_weight_once():
     shared = nn.Linear(6, 6)
@@ -536,7 +552,8 @@ class HeadFirst(nn.Module):
 @pytest.mark.parametrize("by", ["name", "module", "list"])
 def test_stem_and_classifier_can_be_named(by):
     model = HeadFirst()
-    stem, head = {"name": ("stem", "head"), "module": (model.stem, model.head), "list": (["stem"], [model.head])}[by]
+    stem, head = {"name": ("stem", "head"), "module": (model.stem, model.head),
+                  "list": (["stem"], [model.head])}[by]
     hidden, others = muon.split(model, stem=stem, classifier=head)
     assert [id(p) for p in hidden] == [id(model.body.weight)]
     for wrong in ("nothing", nn.Linear(2, 2), 3):
@@ -560,7 +577,7 @@ def test_muon_refuses_duplicates_and_complex_weights():
         muon.Muon([nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))])
 
 
-# ---- L: attach that fails, state that is lost ---------------------------------------------------------------------
+# ---- L: attach that fails, state that is lost --------------------------------------------------------------
 
 @pytest.mark.parametrize("rule, stem, error", [
     (fa.FA, None, TypeError), ("fa", None, TypeError), ({}, None, TypeError), (None, None, TypeError),

@@ -39,9 +39,10 @@ def expect(condition, message):
 def network(dtype=torch.float64):
     """Strided, grouped and dilated convolutions and linear layers; images and labels for it."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.ReLU(),
-                          nn.Conv2d(12, 8, 3, padding=2, dilation=2, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Flatten(),
-                          nn.Linear(150, 40), nn.ReLU(), nn.Linear(40, 5)).to(dtype)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, padding=1),
+                          nn.ReLU(), nn.Conv2d(12, 8, 3, padding=2, dilation=2, groups=2), nn.ReLU(),
+                          nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(150, 40), nn.ReLU(),
+                          nn.Linear(40, 5)).to(dtype)
     return model, torch.randn(6, 3, 10, 10, dtype=dtype), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
@@ -143,7 +144,8 @@ def test_shapes_and_dtypes(rule):
         model, x, labels, handle = attached(rule, dtype=dtype)
         got = gradients(model, x, labels)               # fa.py itself refuses a wrong shape, dtype or device
         for name, g in got.items():
-            expect(g is None or g.dtype == dtype, f"the gradient of {name} has {g is not None and g.dtype}, expected {dtype}")
+            expect(g is None or g.dtype == dtype,
+                   f"the gradient of {name} has {g is not None and g.dtype}, expected {dtype}")
 
 
 def test_finite(rule):
@@ -152,7 +154,8 @@ def test_finite(rule):
         model, x, labels, handle = attached(rule, dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             for name, g in gradients(model, x, labels).items():
-                expect(g is None or g.isfinite().all(), f"the gradient of {name} is NaN or infinite{' in bf16' * autocast}")
+                expect(g is None or g.isfinite().all(),
+                       f"the gradient of {name} is NaN or infinite{' in bf16' * autocast}")
 
 
 def test_forward_is_unchanged(rule):
@@ -218,8 +221,8 @@ def test_state_is_saved(rule):
     train(model, x, labels, handle)
     train(fresh, x, labels, its)
     expect(same(fresh.state_dict(), model.state_dict()), "a fresh rule that took all of it goes another way "
-           "than the rule that was saved: something that it uses is neither in self nor a buffer or parameter "
-           "of its layer, made in prepare")
+           "than the rule that was saved: something that it uses is neither in self nor a buffer or "
+           "parameter of its layer, made in prepare")
 
 
 def test_feedback_is_fixed(rule):
@@ -233,8 +236,8 @@ def test_feedback_is_fixed(rule):
         digests.append(handle.digest())
         handle.before_step()
         optimiser.step()
-    expect(handle.digest() == digests[0] == digests[1], "the feedback weights changed in training; expected fixed ones, or "
-           "learns = True in the class")
+    expect(handle.digest() == digests[0] == digests[1],
+           "the feedback weights changed in training; expected fixed ones, or learns = True in the class")
 
 
 def test_deterministic(rule):
@@ -244,8 +247,8 @@ def test_deterministic(rule):
         model, x, labels, handle = attached(rule, draws=draws)
         torch.manual_seed(1)
         results.append(gradients(model, x, labels))
-    expect(same(*results), "two models with the same seed have different gradients; draw with self.draw(layer) or "
-           "self.generator")
+    expect(same(*results), "two models with the same seed have different gradients; draw with "
+           "self.draw(layer) or self.generator")
 
 
 def test_copies(rule):
@@ -259,7 +262,8 @@ def test_copies(rule):
     torch.manual_seed(1)
     expected = gradients(twin, x, labels)
     torch.manual_seed(1)
-    expect(same(gradients(model, x, labels), expected), "a change of the copy changed the model: they share tensors")
+    expect(same(gradients(model, x, labels), expected),
+           "a change of the copy changed the model: they share tensors")
     torch.manual_seed(1)
     expect(same(gradients(clone, x, labels), expected), "a copy of the model has other gradients than it")
 
@@ -271,9 +275,11 @@ def test_removed(rule):
     gradients(model, x, labels)
     handle.before_step()
     handle.remove()
-    expect(model.state_dict().keys() == plain.state_dict().keys(), "names are left in the state_dict: " + ", ".join(
-        sorted(model.state_dict().keys() - plain.state_dict().keys())))
-    expect(same(gradients(model, x, labels), gradients(plain, x, labels)), "the gradients differ from backprop's")
+    expect(model.state_dict().keys() == plain.state_dict().keys(),
+           "names are left in the state_dict: "
+           + ", ".join(sorted(model.state_dict().keys() - plain.state_dict().keys())))
+    expect(same(gradients(model, x, labels), gradients(plain, x, labels)),
+           "the gradients differ from backprop's")
 
 
 def test_like(rule, request):
@@ -283,8 +289,9 @@ def test_like(rule, request):
     missing = sorted(wanted.keys() - got.keys())
     expect(not missing, f"{', '.join(missing)}: no parameters of the model, so no optimiser updates them")
     for name, parameter in wanted.items():
-        expect(torch.allclose(got[name], parameter, rtol=1e-6, atol=1e-9), f"after 5 steps {name} differs from what it is "
-               f"under {like}, by {((got[name] - parameter).norm() / parameter.norm()).item():.2g} of its norm")
+        expect(torch.allclose(got[name], parameter, rtol=1e-6, atol=1e-9),
+               f"after 5 steps {name} differs from what it is under {like}, by "
+               f"{((got[name] - parameter).norm() / parameter.norm()).item():.2g} of its norm")
 
 
 def accuracy_on_gratings(rule):
@@ -299,7 +306,8 @@ def accuracy_on_gratings(rule):
                   torch.optim.SGD(others, 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)]
     generator = torch.Generator().manual_seed(0)
     for epoch in range(6):
-        for images, labels in data.batches(dataset.train_images, dataset.train_labels, 25, generator, flip=False):
+        for images, labels in data.batches(dataset.train_images, dataset.train_labels, 25, generator,
+                                           flip=False):
             F.cross_entropy(model(normalise(images)), labels).backward()
             handle.before_step()
             for optimiser in optimisers:
@@ -308,7 +316,8 @@ def accuracy_on_gratings(rule):
             model.zero_grad()
     model.eval()
     with torch.no_grad():
-        return 100 * (model(normalise(dataset.test_images)).argmax(1) == dataset.test_labels).float().mean().item()
+        return 100 * (model(normalise(dataset.test_images)).argmax(1) == dataset.test_labels
+                      ).float().mean().item()
 
 
 @functools.cache
@@ -321,5 +330,5 @@ def test_learns(rule):
     if rule is fa.Frozen:
         pytest.skip("it is the floor")
     reached = accuracy_on_gratings(rule)
-    expect(reached >= floor() + 10, f"it reached {reached:.1f} % where frozen hidden layers reach {floor():.1f} %; "
-           f"expected at least {floor() + 10:.1f} %")
+    expect(reached >= floor() + 10, f"it reached {reached:.1f} % where frozen hidden layers reach "
+           f"{floor():.1f} %; expected at least {floor() + 10:.1f} %")

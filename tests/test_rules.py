@@ -27,7 +27,8 @@ class Transport(fa.Rule):
 
 
 def watch(model):
-    """Fills a dict with the error that comes in at each hidden layer's output and the one that it sends on."""
+    """Fills a dict with the error that comes in at each hidden layer's output
+    and the one that it sends on."""
     seen = {}
 
     def entering(layer, args):
@@ -51,7 +52,7 @@ def train(model, handle, x, labels, steps, optimisers):
         model.zero_grad()
 
 
-# ---- what each rule is -----------------------------------------------------------------------------------------
+# ---- what each rule is -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
 def test_dfa_sends_b_times_the_output_error_to_every_layer(name):
@@ -59,7 +60,7 @@ def test_dfa_sends_b_times_the_output_error_to_every_layer(name):
     model = models.MODELS[name](10, "batch", 8).double()
     fa.attach(model, fa.DFA(seed=1))
     seen, (x, labels) = watch(model), (torch.randn(4, 3, 32, 32).double(), torch.randint(10, (4,)))
-    F.cross_entropy(model(x.flip(0)), labels).backward()        # another batch before: its error must be forgotten
+    F.cross_entropy(model(x.flip(0)), labels).backward()  # another batch before: its error must be forgotten
     logits = model(x)
     (e,) = torch.autograd.grad(F.cross_entropy(logits, labels), logits, retain_graph=True)
     F.cross_entropy(logits, labels).backward()
@@ -81,7 +82,7 @@ def test_with_one_hidden_layer_dfa_is_fa():
         fa.attach(model, rule)
         gradients(model, x, labels)
     for p, q in zip(*(m.parameters() for m in models_)):
-        assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-7)             # the drawing of B, and its use
+        assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-7)     # the drawing of B, and its use
 
 
 @pytest.mark.parametrize("kwargs, size", [(dict(gain=3.0), 3), (dict(orthogonal=True), 1)], ids=str)
@@ -145,8 +146,9 @@ def test_kolen_polacks_difference_decays_as_the_equation_says(kind):
     started = [layer.weight.detach().clone() for layer in hidden(model)]
     train(model, handle, x, labels, steps, optimisers)
     for layer, was in zip(hidden(model), started):
-        assert relative((layer.weight - layer.feedback).detach(), before[layer] * (1 - lr * decay) ** steps) < 1e-9
-        assert relative(layer.weight.detach(), was * (1 - lr * decay) ** steps) > 0.01         # and it did learn
+        assert relative((layer.weight - layer.feedback).detach(),
+                        before[layer] * (1 - lr * decay) ** steps) < 1e-9
+        assert relative(layer.weight.detach(), was * (1 - lr * decay) ** steps) > 0.01  # and it did learn
 
 
 def test_kolen_polack_with_momentum_decays_so_much_faster():
@@ -187,7 +189,8 @@ def test_feedback_that_learns_is_a_parameter_beside_its_weight():
     assert model.classifier.feedback.grad is None               # until before_step
     handle.before_step()
     for layer in handle.layers.values():
-        assert torch.equal(layer.feedback.grad, layer.weight.grad) and layer.feedback.grad is not layer.weight.grad
+        assert (torch.equal(layer.feedback.grad, layer.weight.grad)
+                and layer.feedback.grad is not layer.weight.grad)
     handle.remove()
     assert {name for name, _ in model.named_parameters()} == plain
 
@@ -203,7 +206,7 @@ def test_frozen_leaves_the_hidden_weights_as_they_were():
     assert changed == ["classifier.weight", "classifier.bias"]
 
 
-# ---- every rule, everywhere ------------------------------------------------------------------------------------
+# ---- every rule, everywhere --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("with_muon", [False, True], ids=["sgd", "muon"])
 @pytest.mark.parametrize("norm", [None, "batch", "layer", "rms"])
@@ -217,7 +220,8 @@ def test_every_rule_trains_with_every_norm_under_autocast_and_not(name, norm, wi
         optimisers = [torch.optim.SGD(others, 0.01)] + ([muon.Muon(matrices, 0.01)] if with_muon else [])
         start = {key: value.clone() for key, value in model.state_dict().items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            train(model, handle, torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device), 2, optimisers)
+            train(model, handle, torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device), 2,
+                  optimisers)
         assert all(p.isfinite().all() for p in model.parameters())
         moved = {key for key, value in model.state_dict().items()
                  if key.endswith("weight") and not torch.equal(value, start[key])}
@@ -226,7 +230,8 @@ def test_every_rule_trains_with_every_norm_under_autocast_and_not(name, norm, wi
 
 @pytest.mark.parametrize("name", WITH_FEEDBACK)
 def test_feedback_is_saved_and_loaded(name):
-    """Into a fresh model with another seed, also before its first backward pass, when dfa has not drawn yet."""
+    """Into a fresh model with another seed, also before its first backward pass,
+    when dfa has not drawn yet."""
     model, x, labels = resnet(dtype=torch.float32)
     empty = copy.deepcopy(model)
     fa.attach(model, fa.RULES[name](seed=1))
@@ -269,14 +274,15 @@ def test_copies_go_their_own_way(name):
         assert got.keys() == expected.keys() and all(torch.equal(got[n], expected[n]) for n in got)
 
 
-# ---- networks that nobody prepared -----------------------------------------------------------------------------
+# ---- networks that nobody prepared -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, size", [("alexnet", 64), ("vgg11", 32), ("vgg11_bn", 32), ("resnet18", 32),
-                                        ("mobilenet_v3_small", 32), ("densenet121", 32), ("convnext_tiny", 32)])
+                                        ("mobilenet_v3_small", 32), ("densenet121", 32),
+                                        ("convnext_tiny", 32)])
 def test_torchvisions_classifiers_with_b_equal_to_w_are_autograd(name, size):
     """In training, with dropout, stochastic depth and in-place activations, as they come."""
     torch.manual_seed(0)
-    quick = {"init_weights": False} if name.startswith("vgg") else {}       # PyTorch's initialisation will do, and is faster
+    quick = {"init_weights": False} if name.startswith("vgg") else {}   # PyTorch's initialisation is faster
     model = getattr(torchvision.models, name)(num_classes=5, **quick)
     x, labels = torch.randn(2, 3, size, size), torch.tensor([1, 3])
     torch.manual_seed(1)
@@ -292,7 +298,8 @@ def test_torchvisions_classifiers_with_b_equal_to_w_are_autograd(name, size):
 
 
 class Odd(nn.Module):
-    """Layers that the rules do not know: a transposed convolution, attention, an embedding, a matrix of its own."""
+    """Layers that the rules do not know: a transposed convolution, attention, an embedding,
+    a matrix of its own."""
 
     def __init__(self):
         super().__init__()
@@ -302,7 +309,7 @@ class Odd(nn.Module):
         self.norm, self.body, self.head = nn.LayerNorm((64, 8)), nn.Linear(8, 8), nn.Linear(8, 4)
 
     def forward(self, x):
-        x = self.up(self.stem(x)).flatten(2).mT + self.place(torch.arange(64, device=x.device))     # (N, 64, 8)
+        x = self.up(self.stem(x)).flatten(2).mT + self.place(torch.arange(64, device=x.device))  # (N, 64, 8)
         x = self.attention(x, x, x, need_weights=False)[0] @ self.mix[0]
         return self.head(self.body(self.norm(x)).tanh().mean(1))
 
@@ -314,7 +321,8 @@ def test_unknown_layers_keep_exact_backprop_and_are_named_once():
     with pytest.warns(UserWarning) as caught:
         handle = fa.attach(ours, Transport())
     assert len(caught) == 1
-    assert "up (ConvTranspose2d), attention (MultiheadAttention), mix (ParameterList)" in str(caught[0].message)
+    assert ("up (ConvTranspose2d), attention (MultiheadAttention), mix (ParameterList)"
+            in str(caught[0].message))
     assert list(handle.layers) == ["body", "head"]
     expected = gradients(plain, x, labels)
     assert all(relative(g, expected[n]) < 1e-10 for n, g in gradients(ours, x, labels).items())
@@ -327,7 +335,8 @@ def test_unknown_layers_keep_exact_backprop_and_are_named_once():
     with pytest.warns(UserWarning, match="FA goes through Linear and Conv2d only"):
         fa.attach(ours, fa.FA())
     got = gradients(ours, x, labels)
-    assert torch.equal(got["head.weight"], expected["head.weight"]) and got["attention.in_proj_weight"].isfinite().all()
+    assert (torch.equal(got["head.weight"], expected["head.weight"])
+            and got["attention.in_proj_weight"].isfinite().all())
 
 
 def test_a_lazy_layer_is_refused_until_it_has_weights():

@@ -33,7 +33,8 @@ def made_cifar100(folder, n=96):
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     names = [f"class {i}" for i in range(100)]
-    part = lambda n: (torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(n) % 100)
+    part = lambda n: (torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator),
+                      torch.arange(n) % 100)
     torch.save(dict(zip(data.Dataset._fields, (*part(n), *part(32), names))), folder / "cifar100.pt")
     return folder
 
@@ -46,7 +47,8 @@ def run(*args, out):
 
 def parts(trainer):
     """What session.gather and session.restore take."""
-    return trainer.model, trainer.handle, [o for o, _ in trainer.optimisers], trainer.generator, trainer.recording
+    return (trainer.model, trainer.handle, [o for o, _ in trainer.optimisers], trainer.generator,
+            trainer.recording)
 
 
 def an_epoch(trainer, args, step=None, done=0):
@@ -68,13 +70,14 @@ def without_time(log):
 def tensors(state):
     if isinstance(state, torch.Tensor):
         return [state]
-    children = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
+    children = (state.values() if isinstance(state, dict) else
+                state if isinstance(state, (list, tuple)) else [])
     return [t for child in children for t in tensors(child)]
 
 
 def cli(*args, cwd, **env):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env})
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, capture_output=True,
+                          text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env})
 
 
 def test_the_headline_command_on_the_command_line(tmp_path):
@@ -84,20 +87,25 @@ def test_the_headline_command_on_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     part = "data/cifar100.pt holds 96 of the 50,000 training images of cifar100\n"
     assert done.stderr == part                                  # no bar without a terminal, no warning
-    head, sgd_and_muon, epochs, last = (done.stdout.splitlines()[i:j] for i, j in ((0, 1), (1, 3), (3, 5), (5, None)))
+    head, sgd_and_muon, epochs, last = (done.stdout.splitlines()[i:j]
+                                        for i, j in ((0, 1), (1, 3), (3, 5), (5, None)))
     precision = ("bf16 autocast (this CPU has it)" if flags.computes_bf16(torch.device("cpu")) else
                  "float32 (this CPU has no bf16)")
     assert head == ["fa + muon + batch norm · resnet18, 182,252 parameters · cifar100, 96 + 32 images · "
                     f"cpu (no GPU was found), {precision}"]
     assert sgd_and_muon == ["Muon, learning rate 0.05: 19 hidden matrices, 174,336 weights",
                             "Nesterov SGD, learning rate 0.05: 43 tensors, 7,916 weights"]
-    assert re.match(r"epoch   1/2  loss +\d+\.\d{4}  train +\d+\.\d%  test +\d+\.\d%  +\d+\.\d s  \d+m \d\ds left", epochs[0])
-    assert re.match(r"final test accuracy \d+\.\d% \(epoch 2, the last\) · \d+m \d\ds · runs", last[0]) and len(last) == 1
+    assert re.match(r"epoch   1/2  loss +\d+\.\d{4}  train +\d+\.\d%  test +\d+\.\d%  "
+                    r"+\d+\.\d s  \d+m \d\ds left", epochs[0])
+    assert (re.match(r"final test accuracy \d+\.\d% \(epoch 2, the last\) · \d+m \d\ds · runs", last[0])
+            and len(last) == 1)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == "fa-muon-batch-cifar100-resnet18-s0"
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "log.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "curves.png",
+                                                        "log.jsonl"]
     config = json.loads((folder / "config.json").read_text())
-    assert config["args"]["muon"] is True and config["args"]["norm"] == "batch" and config["args"]["lr"] == 0.05
+    assert (config["args"]["muon"] is True and config["args"]["norm"] == "batch"
+            and config["args"]["lr"] == 0.05)
     assert config["versions"]["torch"] == torch.__version__ and "train.py --rule fa" in config["command"]
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -119,7 +127,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(model, tmp_path)
     b, second = run(*args, out=tmp_path / "b")
     c, third = run(*args, "--seed", "1", out=tmp_path / "c")
     assert without_time(a) == without_time(b) != without_time(c)
-    assert len(tensors(first)) > 10 and all(torch.equal(x, y) for x, y in zip(tensors(first), tensors(second)))
+    assert (len(tensors(first)) > 10
+            and all(torch.equal(x, y) for x, y in zip(tensors(first), tensors(second))))
     assert not torch.equal(first["model"]["classifier.feedback"], third["model"]["classifier.feedback"])
 
 
@@ -131,12 +140,14 @@ def test_recording_ranks_changes_no_bit_of_the_training(args, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(tensors(first), tensors(second)))
     lines = [json.loads(line) for line in (tmp_path / "recorded" / "rank.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2] and not (tmp_path / "plain" / "rank.jsonl").exists()
-    assert lines[2]["trajectory"]["all layers"]["rows"] == 8 and lines[2]["layers"]["layers.2"]["update"]["ceiling"] == 16
+    assert (lines[2]["trajectory"]["all layers"]["rows"] == 8
+            and lines[2]["layers"]["layers.2"]["update"]["ceiling"] == 16)
     assert "update" not in lines[0]["layers"]["layers.2"]
 
 
-@pytest.mark.parametrize("args", [[], ["--rule", "bp"], ["--norm", "layer"], ["--norm", "rms", "--muon"], ["--amp"],
-                                  ["--depth", "2"], ["--depth", "1", "--muon", "--model", "mlp"]], ids=str)
+@pytest.mark.parametrize("args", [[], ["--rule", "bp"], ["--norm", "layer"], ["--norm", "rms", "--muon"],
+                                  ["--amp"], ["--depth", "2"], ["--depth", "1", "--muon", "--model", "mlp"]],
+                         ids=str)
 def test_every_kind_of_run(args, tmp_path):
     log, checkpoint = run(*args, "--device", "cpu", out=tmp_path / "run")
     assert len(log) == 2 and not log[-1]["diverged"]
@@ -146,7 +157,8 @@ def test_every_kind_of_run(args, tmp_path):
 @pytest.mark.parametrize("args", [["--muon", "--norm"], []], ids=str)
 def test_frozen_leaves_hidden_parameters_unchanged(args, tmp_path):
     _, checkpoint = run("--rule", "frozen", *args, "--rank", "--device", "cpu", out=tmp_path / "run")
-    fresh = train.Trainer(flags.parse([*SMALL, *args, "--rule", "frozen", "--device", "cpu"]), data.gratings()).model
+    fresh = train.Trainer(flags.parse([*SMALL, *args, "--rule", "frozen", "--device", "cpu"]),
+                          data.gratings()).model
     for name, p in fresh.named_parameters():                    # weight decay leaves them alone too
         assert torch.equal(p, checkpoint["model"][name]) == (not name.startswith("classifier"))
 
@@ -154,8 +166,8 @@ def test_frozen_leaves_hidden_parameters_unchanged(args, tmp_path):
 def test_repaired_feedback_alignment_learns(tmp_path, monkeypatch):
     easy = REAL_GRATINGS(1000, 500, noise=5)
     monkeypatch.setattr(data, "gratings", lambda: easy)
-    assert train.main(["--muon", "--norm", "--width", "8", "--epochs", "8", "--batch-size", "32", "--out", "run",
-                       "--device", "cpu"]) == 0
+    assert train.main(["--muon", "--norm", "--width", "8", "--epochs", "8", "--batch-size", "32",
+                       "--out", "run", "--device", "cpu"]) == 0
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert last["test_accuracy"] > 0.4                          # chance is 10 %
 
@@ -168,7 +180,7 @@ def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
     trainer.model.train()
     assert trainer.test() == log[-1]["test_accuracy"]
     for name, value in trainer.model.state_dict().items():
-        assert torch.equal(value, checkpoint["model"][name])    # a test in training mode would move the statistics
+        assert torch.equal(value, checkpoint["model"][name])    # a test in training mode moves the statistics
     images, labels = trainer.test_images, trainer.test_labels
     predicted = trainer.model.eval()(trainer.normalise(images)).argmax(1)
     assert (predicted == labels).float().mean().item() == pytest.approx(log[-1]["test_accuracy"])
@@ -215,7 +227,8 @@ def test_validation_never_sees_the_test_set(tmp_path, capsys, monkeypatch):
     few = data.gratings()
     spoilt = few._replace(test_images=few.test_images * 0, test_labels=few.test_labels * 0)
     a, _ = run("--validate", "100", "--norm", "--device", "cpu", out=tmp_path / "a")
-    assert "128 + 100 held-out images" in (out := capsys.readouterr().out) and "final held-out accuracy" in out
+    assert ("128 + 100 held-out images" in (out := capsys.readouterr().out)
+            and "final held-out accuracy" in out)
     monkeypatch.setattr(data, "gratings", lambda: spoilt)
     b, _ = run("--validate", "100", "--norm", "--device", "cpu", out=tmp_path / "b")
     assert without_time(a) == without_time(b)
@@ -230,14 +243,16 @@ def test_the_learning_rates_follow_the_cosine(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.Trainer, "step", step)
     run("--muon", "--norm", "--device", "cpu", out=tmp_path / "run")
-    assert len(rates) == 8 and rates[0] == [0.05, 0.05] and rates[4][0] == pytest.approx(0.025) and 0 < rates[7][0] < 0.005
+    assert (len(rates) == 8 and rates[0] == [0.05, 0.05] and rates[4][0] == pytest.approx(0.025)
+            and 0 < rates[7][0] < 0.005)
 
 
 def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
     status = train.main([*SMALL, "--lr", "1e30", "--device", "cpu", "--out", str(tmp_path / "run")])
     assert status == 3
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert line["diverged"] is True and line["test_accuracy"] is None and line["train_loss"] is None and line["step"] == 2
+    assert (line["diverged"] is True and line["test_accuracy"] is None and line["train_loss"] is None
+            and line["step"] == 2)
     assert f"diverged: at step {line['step']} (epoch 1) the loss is not finite" in capsys.readouterr().out
     assert (tmp_path / "run" / "curves.png").exists()
 
@@ -245,7 +260,8 @@ def test_divergence_ends_the_run_cleanly(tmp_path, capsys):
 @pytest.mark.parametrize("step", [3, 8])
 @pytest.mark.parametrize("where", ["loss", "gradient", "update"])
 def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, monkeypatch, capsys):
-    """Infinity put into one place at one step: a gradient of layers.2, and of nothing above it, or a weight by its update."""
+    """Infinity put into one place at one step: a gradient of layers.2, and of nothing above it,
+    or a weight by its update."""
     real = train.Trainer.step
     calls = []
 
@@ -255,7 +271,7 @@ def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, mon
         layer = self.model.layers[2]
         handles = []
         if now and where == "gradient":
-            for below in self.model.layers[:3]:                 # as an error that becomes infinite at layers.2 would do
+            for below in self.model.layers[:3]:     # as an error that becomes infinite at layers.2 would do
                 handles.append(below.weight.register_hook(lambda g: g * float("inf")))
         if now and where == "loss":
             handles.append(self.model.classifier.register_forward_hook(lambda m, x, y: y + float("nan")))
@@ -271,7 +287,8 @@ def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, mon
     assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 3
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     what = "the loss" if where == "loss" else f"the {where} of layers.2.weight"
-    assert (last["diverged"], last["step"], last["not_finite"], last["test_accuracy"]) == (True, step, what, None)
+    assert ((last["diverged"], last["step"], last["not_finite"], last["test_accuracy"])
+            == (True, step, what, None))
     assert len(calls) == step                                   # on a CPU it stops there
     assert f"at step {step} (epoch {(step + 3) // 4}) {what} is not finite" in capsys.readouterr().out
 
@@ -350,7 +367,8 @@ WRONG = {
     "--rule :": "is no rule",
     "--norm batch layer": "unrecognized arguments: layer",
     "--dataset full": "full has no folder train/",
-    "--dataset \u0434\u0430\u043d\u043d\u044b\u0435": "choose from gratings, cifar10, cifar100, or a folder of images",
+    "--dataset \u0434\u0430\u043d\u043d\u044b\u0435": "choose from gratings, cifar10, cifar100, or a folder "
+                                                      "of images",
     "--dataset cifar10 --data other": "cannot download cifar10",
     "--dataset cifar100 --data garbage": "is damaged",
     "--dataset cifar100 --data code": "is damaged",
@@ -408,7 +426,8 @@ def test_wrong_input_is_one_line_and_status_2(wrong, tmp_path, capsys, monkeypat
     torch.save({**cache, "classes": ["airplane", *"12345678", "truck"]}, tmp_path / "other" / "cifar100.pt")
     raw = (made_cifar100(tmp_path / "truncated") / "cifar100.pt").read_bytes()
     (tmp_path / "truncated" / "cifar100.pt").write_bytes(raw[:10000])
-    spoilt = {"code": {"train_images": Code()}, "list": [cache], "labels": {**cache, "train_labels": cache["train_labels"] + 5},
+    spoilt = {"code": {"train_images": Code()}, "list": [cache],
+              "labels": {**cache, "train_labels": cache["train_labels"] + 5},
               "floats": {**cache, "train_images": cache["train_images"].float()}}
     for folder, content in spoilt.items():
         (tmp_path / folder).mkdir()
@@ -421,14 +440,15 @@ def test_wrong_input_is_one_line_and_status_2(wrong, tmp_path, capsys, monkeypat
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     folders = sorted(p for p in tmp_path.rglob("*") if p.is_dir())
     try:
-        status = train.main([*([] if "--resume" in wrong else [*SMALL[4:6], "--device", "cpu"]), *wrong.split(" ")])
+        status = train.main([*([] if "--resume" in wrong else [*SMALL[4:6], "--device", "cpu"]),
+                             *wrong.split(" ")])
     except SystemExit as e:
         status = e.code
     out, err = capsys.readouterr()
     assert status == 2 and WRONG[wrong] in err and out == ""
     assert err.startswith("train.py: ") and err.count("\n") == 1 and err.endswith("\n")
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and not p.name.endswith(".lock")}
-    assert after == before                                      # nothing written, nothing lost; a data folder may be new
+    assert after == before                      # nothing written, nothing lost; a data folder may be new
     assert sorted(p for p in tmp_path.rglob("*") if p.is_dir() and p.name != "nowhere") == folders
 
 

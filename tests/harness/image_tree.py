@@ -1,4 +1,5 @@
-"""Writes a cached data set as a tree of PNG files, train/CLASS/00012.png and test/CLASS/00007.png, for --dataset FOLDER.
+"""Writes a cached data set as a tree of PNG files, train/CLASS/00012.png and test/CLASS/00007.png, for
+--dataset FOLDER.
 
     python tests/image_tree.py data/cifar100.pt cifar100-images
 """

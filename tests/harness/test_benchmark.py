@@ -1,4 +1,5 @@
-"""The table of speed in results/README.md is what was measured; the benchmark itself is run by hand, as speed is no test."""
+"""The table of speed in results/README.md is what was measured; the benchmark itself is run by hand,
+as speed is no test."""
 import json
 import re
 

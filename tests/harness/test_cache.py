@@ -323,7 +323,7 @@ def test_a_pickle_is_not_opened_before_its_checksum_was_right(archive, tmp_path,
     known = archive.pack({**archive.members, member: pickle.dumps(RunsCode(marker))})
     failing(root, "cannot download .*corrupt")                       # another archive
     monkeypatch.setattr(CIFAR100, "tgz_md5", known["tgz_md5"])
-    failing(root, "cannot download .*corrupt")                       # as if the archive's MD5 had been forged, too
+    failing(root, "cannot download .*corrupt")  # as if the archive's MD5 had been forged, too
     assert not marker.exists() and not (root / "cifar100.pt").exists()
     for key, value in known.items():
         monkeypatch.setattr(CIFAR100, key, value)

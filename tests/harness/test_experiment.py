@@ -62,8 +62,8 @@ def test_results_of_version_1_are_shown_until_the_experiment_is_run_again(tiny, 
         counted(earlier)
         assert reproduce.main(["tiny", "--seeds", "2"]) == 0
     old, version_1 = path.read_text(), readme.read_text()
-    note = ("\n\nVersion 1, another order of images. From a copy that has 25,000 of the 50,000 training images of "
-            "CIFAR-10.\n<!-- end -->")
+    note = ("\n\nVersion 1, another order of images. From a copy that has 25,000 of the 50,000 training "
+            "images of CIFAR-10.\n<!-- end -->")
     assert note in version_1 and "| FA | 55.0 ± 7.1 | 2 |" in version_1
     calls = counted(monkeypatch, fail_at=3)
     assert reproduce.main(["tiny", "--seeds", "2"]) == 130 and len(calls) >= 3  # none of version 1 counts

@@ -1,7 +1,8 @@
-"""Hypothesis looks for an input that breaks something: each property here holds for every input, or one of the stated errors.
+"""Hypothesis looks for an input that breaks something: each property here holds for every input, or one of
+the stated errors.
 
-The oracles share no code with what they check: autograd, an SVD, the file before it was damaged. The examples are the same in
-every run. These tests need hypothesis (tests/requirements.txt) and are skipped without it.
+The oracles share no code with what they check: autograd, an SVD, the file before it was damaged. The examples
+are the same in every run. These tests need hypothesis (tests/requirements.txt) and are skipped without it.
 """
 import contextlib
 import io
@@ -24,7 +25,8 @@ hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 given, example, settings = hypothesis.given, hypothesis.example, hypothesis.settings
 
-# derandomize: a failure belongs to a change of the code, not to chance. No deadline: the first call of a kernel is slow.
+# derandomize: a failure belongs to a change of the code, not to chance. No deadline: the first call of a
+# kernel is slow.
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=200)
 settings.load_profile("suite")
 
@@ -38,10 +40,11 @@ def normal(seed, *shape, dtype=torch.float64):
 
 def close(a, b, tolerance):
     """a and b have the same shape, and differ by little beside the largest entry of b."""
-    return a.shape == b.shape and bool(((a - b).abs() <= tolerance * b.abs().max()).all() if b.numel() else True)
+    return (a.shape == b.shape
+            and bool(((a - b).abs() <= tolerance * b.abs().max()).all() if b.numel() else True))
 
 
-# ---- fa.project: autograd's gradient, with the weight put in -----------------------------------------------------------
+# ---- fa.project: autograd's gradient, with the weight put in -----------------------------------------------
 
 def one_or_two(low, high):
     number = st.integers(low, high)
@@ -53,13 +56,14 @@ def convolutions(draw):
     """(layer, input shape) with at least one pixel of output."""
     padding = draw(st.just("same") | st.just("valid") | one_or_two(0, 3))
     groups = draw(st.integers(1, 3))
-    layer = nn.Conv2d(groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2)), draw(one_or_two(1, 4)),
-                      padding=padding, stride=1 if padding == "same" else draw(one_or_two(1, 3)),
+    layer = nn.Conv2d(groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2)),
+                      draw(one_or_two(1, 4)), padding=padding,
+                      stride=1 if padding == "same" else draw(one_or_two(1, 3)),
                       dilation=draw(one_or_two(1, 3)), groups=groups)
     pads = (0, 0) if isinstance(padding, str) else layer.padding
     size = [max(1, d * (k - 1) + 1 - 2 * p) + draw(st.integers(0, 4))
             for d, k, p in zip(layer.dilation, layer.kernel_size, pads)]
-    images = draw(st.sampled_from([(), (0,), (1,), (3,)]))                  # () is one image without a batch dimension
+    images = draw(st.sampled_from([(), (0,), (1,), (3,)]))  # () is one image without a batch dimension
     return layer, (*images, layer.in_channels, *size)
 
 
@@ -68,9 +72,11 @@ def laid_out(tensor, channels_last):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@example((nn.Conv2d(2, 2, (3, 2), padding="same", dilation=(1, 3)), (2, 2, 5, 6)), 0, *[torch.float64] * 2, False, False)
+@example((nn.Conv2d(2, 2, (3, 2), padding="same", dilation=(1, 3)), (2, 2, 5, 6)), 0, *[torch.float64] * 2,
+         False, False)
 @given(convolutions(), SEEDS, FLOATS, FLOATS, st.booleans(), st.booleans())
-def test_an_error_crosses_any_convolution_as_autograd_sends_it(case, seed, dtype, weight_dtype, weight_last, error_last):
+def test_an_error_crosses_any_convolution_as_autograd_sends_it(case, seed, dtype, weight_dtype, weight_last,
+                                                               error_last):
     layer, shape = case
     weight = normal(seed, *layer.weight.shape, dtype=weight_dtype)
     x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
@@ -78,7 +84,8 @@ def test_an_error_crosses_any_convolution_as_autograd_sends_it(case, seed, dtype
     error = normal(seed + 1, *y.shape, dtype=dtype)
     expected, = torch.autograd.grad(y, x, error.double())
     got = fa.project(layer, laid_out(weight, weight_last), laid_out(error, error_last), torch.Size(shape))
-    assert got.dtype == dtype and close(got, expected, 1e-5 if torch.float32 in (dtype, weight_dtype) else 1e-12)
+    assert (got.dtype == dtype
+            and close(got, expected, 1e-5 if torch.float32 in (dtype, weight_dtype) else 1e-12))
 
 
 @given(st.lists(st.integers(0, 3), max_size=3), st.integers(1, 5), st.integers(1, 5), SEEDS, FLOATS)
@@ -98,7 +105,7 @@ def test_a_convolution_that_pads_with_anything_but_zeros_is_a_value_error(case, 
         fa.project(layer, layer.weight, torch.zeros(1, layer.out_channels, 1, 1), torch.Size(shape))
 
 
-# ---- muon.newton_schulz: the polynomial on the singular values of an SVD -------------------------------------------------
+# ---- muon.newton_schulz: the polynomial on the singular values of an SVD -----------------------------------
 
 @st.composite
 def stacks(draw, smallest=1):
@@ -106,7 +113,8 @@ def stacks(draw, smallest=1):
     batch = draw(st.lists(st.integers(1, 3), max_size=2))
     m, n = draw(st.integers(smallest, 9)), draw(st.integers(smallest, 9))
     r, seed = draw(st.integers(0, 9)), draw(SEEDS)                          # rank 0: a zero matrix
-    M = normal(seed, *batch, m, r) @ normal(seed + 1, *batch, r, n) if draw(st.booleans()) else normal(seed, *batch, m, n)
+    M = (normal(seed, *batch, m, r) @ normal(seed + 1, *batch, r, n) if draw(st.booleans()) else
+         normal(seed, *batch, m, n))
     M = M * 10.0 ** draw(st.integers(-30, 100))
     layout = draw(st.sampled_from(["contiguous", "transposed", "strided", "expanded"]))
     if layout == "transposed":
@@ -136,7 +144,8 @@ def test_newton_schulz_is_its_polynomial_of_the_singular_values(M, steps):
 @given(stacks(), st.floats(1e-20, 1e20))
 def test_newton_schulz_does_not_see_the_scale(M, scale):
     hypothesis.assume(all(float(s * M.flatten(-2).norm(dim=-1).min()) > 1e-7 for s in (1, scale)))      # eps
-    assert close(muon.newton_schulz(scale * M, dtype=torch.float64), muon.newton_schulz(M, dtype=torch.float64), 1e-9)
+    assert close(muon.newton_schulz(scale * M, dtype=torch.float64),
+                 muon.newton_schulz(M, dtype=torch.float64), 1e-9)
 
 
 @given(stacks(smallest=0), st.sampled_from([torch.float32, torch.float64, torch.int64]),
@@ -171,14 +180,15 @@ def test_newton_schulz_of_a_vector_is_a_value_error(shape):
         muon.newton_schulz(torch.ones(shape))
 
 
-# ---- rank.py: the formulas on the singular values of an SVD --------------------------------------------------------------
+# ---- rank.py: the formulas on the singular values of an SVD ------------------------------------------------
 
 def by_svd(M):
     """(effective rank, participation ratio, stable rank), from the formulas in rank.py's docstring."""
     sigma = torch.linalg.svdvals(M.double())
     p = (sigma / sigma.sum())[sigma > 0]
     energy = (sigma / sigma[0]) ** 2
-    return (-(p * p.log()).sum()).exp().item(), (energy.sum() ** 2 / (energy ** 2).sum()).item(), energy.sum().item()
+    return ((-(p * p.log()).sum()).exp().item(), (energy.sum() ** 2 / (energy ** 2).sum()).item(),
+            energy.sum().item())
 
 
 def measured(M):
@@ -208,7 +218,8 @@ def test_the_measures_see_neither_scale_nor_rotation_nor_transposition(M, seed, 
         assert measured(same) == pytest.approx(measured(M), rel=1e-5)
 
 
-@given(st.integers(1, 6), st.integers(1, 6), FLOATS, st.sampled_from([math.inf, -math.inf, math.nan]), st.data())
+@given(st.integers(1, 6), st.integers(1, 6), FLOATS, st.sampled_from([math.inf, -math.inf, math.nan]),
+       st.data())
 def test_zero_has_rank_0_and_what_is_not_finite_has_none(m, n, dtype, bad, choice):
     M = torch.zeros(m, n, dtype=dtype)
     assert measured(M) == (0, 0, 0)
@@ -233,9 +244,10 @@ def test_a_matrix_near_the_largest_number_has_a_rank_or_a_stated_error(m, n, val
         assert "too large" in str(e) and value * math.sqrt(m * n) > 1e308
 
 
-# ---- data.load: a damaged cache is an error or does no harm --------------------------------------------------------------
+# ---- data.load: a damaged cache is an error or does no harm ------------------------------------------------
 
-WHOLE = data.Dataset(torch.arange(2 * 3072).remainder(251).to(torch.uint8).view(2, 3, 32, 32), torch.tensor([0, 9]),
+WHOLE = data.Dataset(torch.arange(2 * 3072).remainder(251).to(torch.uint8).view(2, 3, 32, 32),
+                     torch.tensor([0, 9]),
                      torch.arange(3072).remainder(241).to(torch.uint8).view(1, 3, 32, 32), torch.tensor([4]),
                      [*map(str, range(10))])
 
@@ -289,51 +301,58 @@ def test_a_cache_that_is_not_damaged(root):
     assert contents(loads_or_says_why(root, serialised(WHOLE._asdict()))) == contents(WHOLE)
 
 
-TENSORS = st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), st.lists(st.integers(0, 3), max_size=4),
+TENSORS = st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype),
+                    st.lists(st.integers(0, 3), max_size=4),
                     st.sampled_from([torch.uint8, torch.int64, torch.float32, torch.bool]))
 OBJECTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | TENSORS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3), max_leaves=6)
+    lambda inner: (st.lists(inner, max_size=3) |
+                   st.dictionaries(st.text() | st.integers(), inner, max_size=3)), max_leaves=6)
 
 
 @given(field=st.sampled_from(data.Dataset._fields), value=OBJECTS, whole_file=st.booleans())
 def test_a_cache_that_holds_something_else(root, field, value, whole_file):
-    assert loads_or_says_why(root, serialised(value if whole_file else {**WHOLE._asdict(), field: value})) is None
+    assert loads_or_says_why(
+        root, serialised(value if whole_file else {**WHOLE._asdict(), field: value})) is None
 
 
 @example("train_labels", torch.Tensor.to_sparse)
 @given(st.sampled_from(data.Dataset._fields[:4]),
        st.sampled_from([torch.Tensor.float, torch.Tensor.bool, torch.Tensor.to_sparse, lambda t: t.to("meta"),
-                        lambda t: t - 10, lambda t: t + 10, lambda t: t[:0], lambda t: t[0], lambda t: t[None],
-                        lambda t: t[..., 1:], lambda t: t.repeat(2, *[1] * (t.dim() - 1)), torch.Tensor.tolist,
-                        torch.Tensor.numpy]))
+                        lambda t: t - 10, lambda t: t + 10, lambda t: t[:0], lambda t: t[0],
+                        lambda t: t[None], lambda t: t[..., 1:], lambda t: t.repeat(2, *[1] * (t.dim() - 1)),
+                        torch.Tensor.tolist, torch.Tensor.numpy]))
 def test_a_cache_with_a_tensor_that_is_not_right(root, field, change):
     changed = {**WHOLE._asdict(), field: change(getattr(WHOLE, field))}
     got = loads_or_says_why(root, serialised(changed))
     assert got is None or field.endswith("images") and contents(got) == contents(data.Dataset(**changed))
 
 
-@example(content=b"G")                                          # a number that torch's reader looks for in the bytes to come
+@example(content=b"G")  # a number that torch's reader looks for in the bytes to come
 @given(content=st.binary(max_size=200))
 def test_a_cache_of_any_bytes(root, content):
     assert loads_or_says_why(root, content) is None
 
 
-# ---- flags.parse: arguments, or one line and status 2 --------------------------------------------------------------------
+# ---- flags.parse: arguments, or one line and status 2 ------------------------------------------------------
 
-FLAGS = sorted(flag for action in flags.parser()._actions for flag in action.option_strings if flag not in ("-h", "--help"))
+FLAGS = sorted(flag for action in flags.parser()._actions for flag in action.option_strings
+               if flag not in ("-h", "--help"))
 NUMBERS = st.integers().map(str) | st.floats().map(str) | \
     st.sampled_from(["0", "1", "2", "-1", "1e400", "-0.0", "nan", "inf", "0x10", "1_0", "\u0663", "9" * 400])
-ANY_TEXT = st.text(st.characters(), max_size=8)         # lone surrogates too: sys.argv has them where bytes are not UTF-8
-WORDS = st.sampled_from([*fa.RULES, *norm.KINDS, *data.NAMES, *models.MODELS, *models.INITS, "cpu", "cuda", "cuda:0", "meta",
-                         "cpu:-1", "cuda:99999999999", ".", "..", "x" * 300, "no.py:Rule", "tests:", "--", "-", "", "[]"])
+# Lone surrogates too: sys.argv has them where bytes are not UTF-8.
+ANY_TEXT = st.text(st.characters(), max_size=8)
+WORDS = st.sampled_from([*fa.RULES, *norm.KINDS, *data.NAMES, *models.MODELS, *models.INITS, "cpu", "cuda",
+                         "cuda:0", "meta", "cpu:-1", "cuda:99999999999", ".", "..", "x" * 300, "no.py:Rule",
+                         "tests:", "--", "-", "", "[]"])
 VALUES = WORDS | NUMBERS | ANY_TEXT
 
 
 @example([("--seed", "9" * 400)], False)
 @example([("--dataset", "x" * 300)], False)
 @example([("--device", "a\nb")], True)
-@given(st.lists(st.tuples(st.sampled_from(FLAGS) | st.text(max_size=3).map("--{}".format), st.none() | VALUES),
+@given(st.lists(st.tuples(st.sampled_from(FLAGS) | st.text(max_size=3).map("--{}".format),
+                          st.none() | VALUES),
                 max_size=5), st.booleans())
 def test_any_arguments_are_taken_or_refused_in_one_line(pairs, joined):
     argv = []
@@ -345,13 +364,14 @@ def test_any_arguments_are_taken_or_refused_in_one_line(pairs, joined):
         with contextlib.redirect_stderr(said):
             args = flags.parse(argv)
     except SystemExit as e:
-        assert e.code == 2 and said.getvalue().startswith("train.py: ") and len(said.getvalue().splitlines()) == 1
+        assert (e.code == 2 and said.getvalue().startswith("train.py: ")
+                and len(said.getvalue().splitlines()) == 1)
     else:
         assert said.getvalue() == "" and args.epochs >= 1 and args.batch_size >= 1 and args.width >= 1
         assert 0 < args.lr < math.inf and args.device.type == "cpu"
 
 
-# ---- rulefile.load: a rule, or one line ----------------------------------------------------------------------------------
+# ---- rulefile.load: a rule, or one line --------------------------------------------------------------------
 
 def rule_or_line(text):
     try:
@@ -361,7 +381,8 @@ def rule_or_line(text):
         return str(e)
 
 
-@given(st.text(st.characters(), max_size=20) | st.tuples(ANY_TEXT, ANY_TEXT).map(":".join) | st.just("x" * 300 + ":y"))
+@given(st.text(st.characters(), max_size=20) | st.tuples(ANY_TEXT, ANY_TEXT).map(":".join)
+       | st.just("x" * 300 + ":y"))
 def test_any_name_of_a_rule(text):
     hypothesis.assume(text not in fa.RULES)
     assert rule_or_line(text)
@@ -373,7 +394,8 @@ class MyRule(fa.FA):
     def backward(self, layer, error, input_shape):
         return fa.project(layer, layer.feedback, error, input_shape)
 """
-PIECES = st.sampled_from([*"()[]{}:=.,'\"\\#\n \t\0é", "\n    ", "self", "fa", "None", "1", "error", "lambda:", "def "])
+PIECES = st.sampled_from([*"()[]{}:=.,'\"\\#\n \t\0é", "\n    ", "self", "fa", "None", "1", "error",
+                          "lambda:", "def "])
 
 
 @given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode))

@@ -1,5 +1,6 @@
-"""What a GPU needs of us, as far as it shows without one: which one is chosen, what is said when it fails, what is kept of a
-checkpoint from elsewhere. test_graph.py replays steps, here nothing is computed on a GPU."""
+"""What a GPU needs of us, as far as it shows without one: which one is chosen, what is said when it fails,
+what is kept of a checkpoint from elsewhere. test_graph.py replays steps, here nothing is computed on a
+GPU."""
 import contextlib
 import types
 from pathlib import Path
@@ -16,7 +17,8 @@ import norm
 import train
 from harness import flags, graph, parallel, session
 
-NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be reported later"
+NO_KERNEL = ("CUDA error: no kernel image is available for execution on the device\n"
+             "CUDA kernel errors might be reported later")
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def card(monkeypatch):
     return pretend
 
 
-# ---- which device, and in which precision ------------------------------------------------------------------------------
+# ---- which device, and in which precision ------------------------------------------------------------------
 
 @pytest.mark.parametrize("asked, number", [("", 0), ("--device cuda", 0), ("--device cuda:1", 1)])
 def test_the_gpu_that_is_chosen_is_the_current_one(asked, number, card):
@@ -51,11 +53,13 @@ def test_the_gpu_that_is_chosen_is_the_current_one(asked, number, card):
 
 def test_under_torchrun_every_process_takes_its_own_gpu(card, monkeypatch):
     current = card()
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here",
+                        "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert flags.parse(["--device", "cuda"]).device == torch.device("cuda", 1) == current[-1]
     started = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: started.append((args, kwargs)))
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda *args, **kwargs: started.append((args, kwargs)))
     parallel.start(torch.device("cuda", 1))
     parallel.start(torch.device("cpu"))
     assert started == [(("nccl",), {"device_id": torch.device("cuda", 1)}), (("gloo",), {})]
@@ -69,7 +73,8 @@ def test_a_gpu_that_this_torch_has_no_kernels_for(card, capsys):
     with pytest.raises(SystemExit) as stopped:
         flags.parse(["--device", "cuda:1"])
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and "no kernel image is available" in said and "--device" in said
+    assert (stopped.value.code == 2 and said.count("\n") == 1 and "no kernel image is available" in said
+            and "--device" in said)
 
 
 def test_a_number_that_is_too_large(card, capsys):
@@ -80,7 +85,8 @@ def test_a_number_that_is_too_large(card, capsys):
 
 
 @pytest.mark.parametrize("capability, bf16, reason", [
-    ((7, 5), False, "this GPU has no bf16"), ((8, 0), True, "this GPU has it"), ((12, 0), True, "this GPU has it")])
+    ((7, 5), False, "this GPU has no bf16"), ((8, 0), True, "this GPU has it"),
+    ((12, 0), True, "this GPU has it")])
 def test_bf16_is_not_emulated(capability, bf16, reason, card):
     card(capability=capability)
     args = flags.parse(["--muon"])
@@ -103,7 +109,8 @@ def test_a_cpu_is_asked_whether_it_computes_bf16(onednn, avx2, avx512_bf16, expe
 
 @pytest.mark.parametrize("has", [False, True])
 @pytest.mark.parametrize("asked, amp, reason", [
-    ("", False, "default for gratings"), ("--amp", True, "as asked"), ("--dataset cifar10 --no-amp", False, "as asked"),
+    ("", False, "default for gratings"), ("--amp", True, "as asked"),
+    ("--dataset cifar10 --no-amp", False, "as asked"),
     ("--dataset cifar10", None, None), ("--dataset cifar100", None, None), ("--dataset .", None, None)])
 def test_the_precision_on_a_cpu(asked, amp, reason, has, monkeypatch):
     monkeypatch.setattr(flags, "computes_bf16", lambda device: has)
@@ -132,7 +139,7 @@ def made(case="", cuda_settings=False):
     return train.Trainer(args, data.gratings())
 
 
-# ---- what is said when it fails --------------------------------------------------------------------------------------
+# ---- what is said when it fails ----------------------------------------------------------------------------
 
 def failing(error):
     """As torch.cuda.graph does: it ends the recording, which complains, and hides the first error."""
@@ -145,11 +152,13 @@ def failing(error):
 
 
 def test_the_first_error_of_a_recording_is_said():
-    with pytest.raises(graph.RecordError, match="as a CUDA graph: operation not permitted when stream is capturing$"):
+    with pytest.raises(graph.RecordError,
+                       match="as a CUDA graph: operation not permitted when stream is capturing$"):
         failing(RuntimeError("operation not permitted when stream is capturing\nmore"))(torch.ones(1))
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. "
+                                       "GPU 0 has a total capacity of 1.00 GiB")
 
 
 def test_memory_that_is_full_has_nothing_to_do_with_recording():
@@ -166,10 +175,11 @@ def test_memory_that_is_full_is_one_line(rule, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(train.Trainer, "step", full)
     assert train.main([*SMALL, "--rule", rule, "--device", "cpu", "--out", "run"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "memory is full" in said and "smaller --batch-size" in said and "--no-graph" not in said
+    assert (said.count("\n") == 1 and "memory is full" in said and "smaller --batch-size" in said
+            and "--no-graph" not in said)
 
 
-# ---- recording -------------------------------------------------------------------------------------------------------
+# ---- recording ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def runtime(monkeypatch):
@@ -211,7 +221,8 @@ class OnCuda(torch.Tensor):
     device = torch.device("cuda")
 
 
-@pytest.mark.parametrize("version, registered", [("2.9.1", True), ("2.13.0", True), ("2.14.0", False), ("2.15.0", False)])
+@pytest.mark.parametrize("version, registered", [("2.9.1", True), ("2.13.0", True), ("2.14.0", False),
+                                                 ("2.15.0", False)])
 def test_warm_up_and_recording_are_on_one_stream(version, registered, runtime, monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     asked, streams = runtime
@@ -248,18 +259,20 @@ def test_float32_is_float32_and_empty_tensors_stay_empty(deterministic, monkeypa
             setattr(where, name, value)
 
 
-# ---- a checkpoint from elsewhere -------------------------------------------------------------------------------------
+# ---- a checkpoint from elsewhere ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("there", [False, True])
 def test_what_belongs_to_the_device_is_not_taken_from_a_checkpoint(there):
-    """From a CPU to a GPU and back: learning rates stay the tensors or numbers that they are here, and SGD fused or not."""
+    """From a CPU to a GPU and back: learning rates stay the tensors or numbers that they are here,
+    and SGD fused or not."""
     saved, ours = made("--muon --norm", cuda_settings=there), made("--muon --norm", cuda_settings=not there)
     chosen = torch.arange(32)
     saved.step(chosen)
-    own = [[{key: group[key] for key in session.OF_THE_DEVICE if key in group} for group in optimiser.param_groups]
+    own = [[{key: group[key] for key in session.OF_THE_DEVICE if key in group}
+            for group in optimiser.param_groups]
            for optimiser, _ in ours.optimisers]
     assert {"fused", "foreach", "dtype"} <= {key for groups in own for group in groups for key in group}
-    own[0][0]["dtype"] = ours.optimisers[0][0].param_groups[0]["dtype"] = torch.float32         # an older card
+    own[0][0]["dtype"] = ours.optimisers[0][0].param_groups[0]["dtype"] = torch.float32     # an older card
     session.restore(session.gather(*parts(saved)), *parts(ours))
     for (optimiser, _), before in zip(ours.optimisers, own):
         for group, kept in zip(optimiser.param_groups, before):
@@ -267,7 +280,7 @@ def test_what_belongs_to_the_device_is_not_taken_from_a_checkpoint(there):
     ours.step(chosen)
 
 
-# ---- batch norm over GPUs ----------------------------------------------------------------------------------------------
+# ---- batch norm over GPUs ----------------------------------------------------------------------------------
 
 def test_batch_norm_over_gpus_is_torchs_own(monkeypatch):
     called = []
@@ -277,15 +290,16 @@ def test_batch_norm_over_gpus_is_torchs_own(monkeypatch):
     layer, x = parallel.BatchNorm(3), types.SimpleNamespace(is_cuda=True)
     assert layer(x) is x
     (args,) = called
-    assert args[1] is layer.weight and args[3] is layer.running_mean and args[5:7] == (layer.eps, layer.momentum)
+    assert (args[1] is layer.weight and args[3] is layer.running_mean
+            and args[5:7] == (layer.eps, layer.momentum))
     assert args[8] == 4
 
 
-# ---- a step on a device whose tensors have no values -----------------------------------------------------------------------
+# ---- a step on a device whose tensors have no values -------------------------------------------------------
 
 class OnMeta(TorchDispatchMode):
-    """Every tensor of every operation must be on torch's meta device, which can be asked for no value: what a step may do
-    here, it may do while a CUDA graph records it."""
+    """Every tensor of every operation must be on torch's meta device, which can be asked for no value: what a
+    step may do here, it may do while a CUDA graph records it."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         # Fused SGD writes in place and returns nothing; torch has not told it of the meta device.
@@ -300,10 +314,10 @@ class OnMeta(TorchDispatchMode):
 def step_on_meta(case, fault=None):
     """One step on the CPU, after which momentum and feedback are there, and the next one on meta."""
     trainer = made(case, cuda_settings=True)
-    for _ in range(3):                                          # until a rule has seen that its feedback moves
+    for _ in range(3):                          # until a rule has seen that its feedback moves
         trainer.step(torch.arange(16))
     trainer.model.zero_grad()
-    torch.__future__.set_swap_module_params_on_conversion(True)         # the optimisers' parameters too, being the same ones
+    torch.__future__.set_swap_module_params_on_conversion(True)     # the optimisers' parameters are the same
     try:
         trainer.model.to("meta")
     finally:
@@ -320,7 +334,8 @@ def step_on_meta(case, fault=None):
         return trainer.step(torch.arange(16, device="meta"))
 
 
-@pytest.mark.parametrize("norm", ["", *(f"--norm {kind}" for kind in norm.KINDS if kind != "whiten")])      # no autocast
+# whiten: no autocast
+@pytest.mark.parametrize("norm", ["", *(f"--norm {kind}" for kind in norm.KINDS if kind != "whiten")])
 @pytest.mark.parametrize("rule", fa.RULES)
 def test_a_step_asks_for_no_value_and_stays_on_the_device(rule, norm):
     for rest in ("", "--muon --amp"):
@@ -344,6 +359,6 @@ FAULTS = {"item": lambda y: y * y.sum().item(),
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whatever_leaves_the_device_is_caught(fault):
-    assert FAULTS[fault](torch.ones(4, 10)).shape == (4, 10)            # on the CPU there is nothing wrong with it
+    assert FAULTS[fault](torch.ones(4, 10)).shape == (4, 10)    # on the CPU there is nothing wrong with it
     with pytest.raises((AssertionError, RuntimeError)):
         step_on_meta("--norm", FAULTS[fault])

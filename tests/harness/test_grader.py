@@ -65,8 +65,8 @@ SUBMISSIONS = {         # its name: (source, the properties that it lacks, what 
                "return fa.project(layer, layer.feedback / self.calls, error, input_shape)\n", [], []),
     "counts_in_vain": (HEAD + "    calls = 0\n    def state_dict(self):\n        return {}\n"
                        "    def load_state_dict(self, state):\n        pass\n" + BACKWARD +
-                       "self.calls += 1\n        return fa.project(layer, layer.feedback / self.calls, error, "
-                       "input_shape)\n", [SAVES],
+                       "self.calls += 1\n        "
+                       "return fa.project(layer, layer.feedback / self.calls, error, input_shape)\n", [SAVES],
                        ["goes another way than the rule that was saved"]),
     "unseeded": (HEAD + PREPARE + "layer.register_buffer('feedback', torch.rand(layer.weight.shape) - 0.5)\n"
                  + BACKWARD + "return fa.project(layer, layer.feedback, error, input_shape)\n", [SEED], []),

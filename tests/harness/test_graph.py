@@ -1,8 +1,9 @@
-"""harness/graph.py without a GPU: a stand-in that records a step's tensor operations and repeats them, and nothing else.
+"""harness/graph.py without a GPU: a stand-in that records a step's tensor operations and repeats them, and
+nothing else.
 
-Like a CUDA graph it runs no Python on replay, keeps every tensor where it was, and cannot ask for a value. Whatever the step
-keeps in Python, such as a learning rate in a float, would be frozen in it; so equal weights after many replays say that
-there is nothing of the kind.
+Like a CUDA graph it runs no Python on replay, keeps every tensor where it was, and cannot ask for a value.
+Whatever the step keeps in Python, such as a learning rate in a float, would be frozen in it; so equal weights
+after many replays say that there is nothing of the kind.
 """
 import copy
 import subprocess
@@ -35,17 +36,19 @@ class Recorder(TorchDispatchMode):
     def replay(self):
         with torch.no_grad():
             for function, args, kwargs, result in self.calls:
-                if not function.is_view:                        # a view of a tensor that stays in place stays right
+                if not function.is_view:    # a view of a tensor that stays in place stays right
                     for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
                         if isinstance(old, torch.Tensor):
                             old.copy_(new)
 
 
 def standing_in(trainer):
-    """record(): runs the step once to see its operations, then puts everything back, as recording a CUDA graph runs nothing."""
+    """record(): runs the step once to see its operations, then puts everything back,
+    as recording a CUDA graph runs nothing."""
     def record(step, generator):
-        state = [*trainer.model.state_dict().values(), *(t for optimiser, _ in trainer.optimisers
-                 for entry in optimiser.state.values() for t in entry.values() if isinstance(t, torch.Tensor))]
+        state = [*trainer.model.state_dict().values(),
+                 *(t for optimiser, _ in trainer.optimisers for entry in optimiser.state.values()
+                   for t in entry.values() if isinstance(t, torch.Tensor))]
         before, random = [t.detach().clone() for t in state], generator.get_state()
         recorder = Recorder()
         with recorder:
@@ -59,22 +62,26 @@ def standing_in(trainer):
 
 
 def trained(case, replayed, monkeypatch, change=None):
-    """(weights, losses) after two epochs with learning rates in tensors, by running every step or by replaying one."""
+    """(weights, losses) after two epochs with learning rates in tensors,
+    by running every step or by replaying one."""
     small = ["--device", "cpu", "--width", "4", "--batch-size", "16", "--epochs", "2", "--subset", "160"]
     args = flags.parse([*small, *case.split()])
     args.graph = True                                           # fused SGD, learning rates in tensors
     if change:
         monkeypatch.setattr(train.Trainer, "step", change(train.Trainer.step))
     trainer = train.Trainer(args, data.gratings(160, 30))
-    step = graph.Graphed(trainer.step, trainer.generator, record=standing_in(trainer)) if replayed else trainer.step
+    step = (graph.Graphed(trainer.step, trainer.generator, record=standing_in(trainer)) if replayed else
+            trainer.step)
     losses = an_epoch(trainer, args, step) + an_epoch(trainer, args, step, done=10)
     assert not replayed or step.replay is not None
     return copy.deepcopy(trainer.model.state_dict()), losses
 
 
-@pytest.mark.parametrize("case", ["--rule fa --norm", "--rule fa --muon", "--rule fa --muon --norm --model resnet18 --width 8",
-                                  "--rule kp --muon --norm layer", "--rule dfa --norm whiten", "--rule sign --norm rms",
-                                  "--rule frozen --norm", "--rule bp --muon --norm"])
+@pytest.mark.parametrize("case", ["--rule fa --norm", "--rule fa --muon",
+                                  "--rule fa --muon --norm --model resnet18 --width 8",
+                                  "--rule kp --muon --norm layer", "--rule dfa --norm whiten",
+                                  "--rule sign --norm rms", "--rule frozen --norm",
+                                  "--rule bp --muon --norm"])
 def test_a_replayed_step_is_the_step(case, monkeypatch):
     ran, replayed = (trained(case, how, monkeypatch) for how in (False, True))
     assert replayed[1] == ran[1]
@@ -105,7 +112,8 @@ def test_with_tensors_for_learning_rates_the_numbers_are_those_without(monkeypat
     """Fused SGD rounds otherwise; after one epoch the weights agree to float32 rounding."""
     weights = []
     for tensors in (False, True):
-        args = flags.parse("--device cpu --width 4 --batch-size 16 --epochs 1 --subset 64 --norm --rule bp".split())
+        args = flags.parse("--device cpu --width 4 --batch-size 16 --epochs 1 --subset 64 --norm --rule bp"
+                           .split())
         args.graph = tensors
         trainer = train.Trainer(args, data.gratings(64, 30))
         an_epoch(trainer, args)
@@ -133,7 +141,8 @@ def asking(descend):
 
 
 def test_the_stand_in_can_fail(monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="cannot ask a tensor for its value"):
+    with monkeypatch.context() as patch, pytest.raises(AssertionError,
+                                                       match="cannot ask a tensor for its value"):
         trained("--rule fa --norm", True, patch, asking)
     losses = []
     for replayed in (False, True):
@@ -144,16 +153,19 @@ def test_the_stand_in_can_fail(monkeypatch):
 
 def test_what_cannot_be_recorded_is_said():
     def refuse(run, generator):
-        raise RuntimeError("operation not permitted when stream is capturing\nCompile with `TORCH_USE_CUDA_DSA`")
+        raise RuntimeError("operation not permitted when stream is capturing\n"
+                           "Compile with `TORCH_USE_CUDA_DSA`")
 
     step = graph.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=refuse)
     with pytest.raises(graph.RecordError) as stopped:
         step(torch.ones(1))
-    assert str(stopped.value) == "the step cannot be recorded as a CUDA graph: operation not permitted when stream is capturing"
+    assert str(stopped.value) == ("the step cannot be recorded as a CUDA graph: "
+                                  "operation not permitted when stream is capturing")
 
 
 def test_memory_is_kept():
-    """In processes of their own: the pages of a large tensor that dies stay, so the next ones cause few page faults."""
+    """In processes of their own: the pages of a large tensor that dies stay,
+    so the next ones cause few page faults."""
     code = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
@@ -178,7 +190,8 @@ print(int(kept), faults() - before)
 
 
 def test_the_results_of_a_replay_are_not_written_over():
-    step = graph.Graphed(lambda x: (x * 2,), torch.Generator(), warm_up=1, record=lambda run, _: (lambda: None, run()))
+    step = graph.Graphed(lambda x: (x * 2,), torch.Generator(), warm_up=1,
+                         record=lambda run, _: (lambda: None, run()))
     first, second = step(torch.ones(2)), step(torch.ones(2))
     assert torch.equal(first[0], second[0]) and second[0] is not step.results[0]
 

@@ -32,20 +32,26 @@ BROKEN = {                                                      # source: (line 
     "class MyRule: pass\n": (None, "MyRule is not a subclass of fa.Rule"),
     "MyRule = 3\n": (None, "MyRule is not a subclass of fa.Rule; expected one of: class MyRule(fa.FA)"),
     "import fa\nclass MyRule(fa.Rule): pass\n": (None, "MyRule has no backward"),
-    HEAD + BACKWARD + "return layer.feedbck\n": (4, "in backward: AttributeError: 'Linear' object has no attribute 'feedbck'"),
-    HEAD + BACKWARD + "return error\n": (3, "returned a tensor of shape (4, 3), torch.float32 on cpu for Linear(in_features=5, "
-                                            "out_features=3, bias=True); expected the error at its input, shape (4, 5)"),
-    HEAD + BACKWARD + "return super().backward(layer, error, input_shape).double()\n": (3, "torch.float64 on cpu for Linear"),
-    HEAD + BACKWARD + "return super().backward(layer, error, input_shape) / 0\n": (3, "returned NaN or infinity for Linear"),
+    HEAD + BACKWARD + "return layer.feedbck\n":
+        (4, "in backward: AttributeError: 'Linear' object has no attribute 'feedbck'"),
+    HEAD + BACKWARD + "return error\n":
+        (3, "returned a tensor of shape (4, 3), torch.float32 on cpu for Linear(in_features=5, "
+            "out_features=3, bias=True); expected the error at its input, shape (4, 5)"),
+    HEAD + BACKWARD + "return super().backward(layer, error, input_shape).double()\n":
+        (3, "torch.float64 on cpu for Linear"),
+    HEAD + BACKWARD + "return super().backward(layer, error, input_shape) / 0\n":
+        (3, "returned NaN or infinity for Linear"),
     HEAD + BACKWARD + "return 'error'\n": (3, "MyRule.backward returned 'error' for Linear"),
     HEAD + "    def backward(self, layer):\n        return None\n": (None, "TypeError"),
     HEAD + "    def prepare(self, layer):\n        layer.weight.no_such\n": (4, "in prepare: AttributeError"),
-    HEAD + "    def before_step(self, layer):\n        raise KeyError('me')\n": (4, "in before_step: KeyError: 'me'"),
-    HEAD + "    def __init__(self):\n        super().__init__()\n": (None, "expected an __init__(self, seed=0, ...)"),
+    HEAD + "    def before_step(self, layer):\n        raise KeyError('me')\n":
+        (4, "in before_step: KeyError: 'me'"),
+    HEAD + "    def __init__(self):\n        super().__init__()\n":
+        (None, "expected an __init__(self, seed=0, ...)"),
     HEAD + "    def __init__(self, seed=0):\n        pass\n": (None, "does not call super().__init__(seed)"),
-    HEAD + KEEPS.format("{layer: 1}"): (None, "self.kept of MyRule cannot be saved in a checkpoint; expected tensors, "
-                                              "numbers, texts, and lists or dictionaries of them; give it a name that "
-                                              "begins with _ or override state_dict"),
+    HEAD + KEEPS.format("{layer: 1}"):
+        (None, "self.kept of MyRule cannot be saved in a checkpoint; expected tensors, numbers, texts, and "
+               "lists or dictionaries of them; give it a name that begins with _ or override state_dict"),
     HEAD + KEEPS.format("lambda: 1"): (None, "self.kept of MyRule cannot be saved in a checkpoint"),
 }
 
@@ -60,14 +66,17 @@ def test_a_broken_file_is_one_line_and_nothing_is_left_behind(source, tmp_path, 
         error = capsys.readouterr().err
         number, said = BROKEN[source]
         assert stopped.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error
-        assert ("my_rule.py" if number is None else f"my_rule.py, line {number}") in error and said in error, error
+        assert (("my_rule.py" if number is None else f"my_rule.py, line {number}") in error
+                and said in error), error
     assert [p.name for p in tmp_path.iterdir()] == ["my_rule.py"]
 
 
 @pytest.mark.parametrize("text, said", {
-    "missing.py:MyRule": "missing.py: No such file or directory; expected a Python file with the class MyRule",
+    "missing.py:MyRule": "missing.py: No such file or directory; expected a Python file with the class "
+                         "MyRule",
     ".:MyRule": ".: Is a directory; expected a Python file",
-    "lottery": "'lottery' is no rule: choose from bp, fa, dfa, sign, kp, frozen, or name a class in a file of yours",
+    "lottery": "'lottery' is no rule: choose from bp, fa, dfa, sign, kp, frozen, or name a class in a file "
+               "of yours",
     "my_rule.py": "'my_rule.py' is no rule: choose from",
     "binary.py:MyRule": "binary.py: 'utf-8' codec can't decode",
 }.items())
@@ -85,15 +94,18 @@ def test_an_error_in_the_middle_of_a_run_names_its_line(tmp_path, monkeypatch, c
         "MyRule.calls += 1\n        if MyRule.calls > 60:\n            return error[:0]\n"
         "        return super().backward(layer, error, input_shape)\n")
     (tmp_path / "late.py").write_text(late)
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--rule", "late.py:MyRule", *SMALL, "--batch-size", "16"],
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--rule", "late.py:MyRule", *SMALL,
+                           "--batch-size", "16"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: late.py, line 4: MyRule.backward returned a tensor of shape (0,")
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name == "late.MyRule-gratings-cnn-s0" and len((folder / "log.jsonl").read_text().splitlines()) == 1
+    assert (folder.name == "late.MyRule-gratings-cnn-s0"
+            and len((folder / "log.jsonl").read_text().splitlines()) == 1)
 
     for wrong, said in (("raise KeyError('late')", "late.py, line 7, in backward: KeyError: 'late'"),
-                        ("1 / 0", "ZeroDivisionError"), ("raise SystemExit(0)", "in backward: SystemExit: 0")):
+                        ("1 / 0", "ZeroDivisionError"),
+                        ("raise SystemExit(0)", "in backward: SystemExit: 0")):
         (tmp_path / "late.py").write_text(late.replace("return error[:0]", wrong))
         monkeypatch.chdir(tmp_path)
         assert train.main(["--rule", "late.py:MyRule", *SMALL, "--batch-size", "16"]) == 2
@@ -104,7 +116,8 @@ def test_what_a_rule_keeps_can_be_saved_or_is_its_own_affair(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for number, source in enumerate([KEEPS.format("[1, 'two', {3: torch.ones(1)}]"),
                                      KEEPS.format("{layer: 1}").replace("self.kept", "self._kept"),
-                                     KEEPS.format("{layer: 1}") + "    def state_dict(self):\n        return {}\n"]):
+                                     KEEPS.format("{layer: 1}")
+                                     + "    def state_dict(self):\n        return {}\n"]):
         (tmp_path / f"rule{number}.py").write_text(HEAD + source)
         assert rulefile.load(f"rule{number}.py:MyRule")
     (tmp_path / "unsaved.py").write_text(HEAD + KEEPS.format("{layer: 1}"))
@@ -128,7 +141,8 @@ def test_sign_symmetry_from_a_file_is_sign_symmetry(tmp_path, monkeypatch):
     for rule, out in (("sign", "built-in"), ("my_rule.py:MyRule", "own")):
         assert train.main(["--rule", rule, "--muon", "--norm", *SMALL, "--out", out]) == 0
     ours, own = ([{k: v for k, v in json.loads(line).items() if k != "seconds"}
-                  for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in ("built-in", "own"))
+                  for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
+                 for out in ("built-in", "own"))
     assert ours == own
     assert not list(tmp_path.glob("**/__pycache__"))
     args = json.loads((tmp_path / "own" / "config.json").read_text())["args"]
@@ -149,7 +163,8 @@ def test_a_changed_file_is_another_rule(tmp_path, monkeypatch):
 
 def test_a_constructor_of_ones_own_need_not_know_gain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rule.py").write_text(HEAD + "    def __init__(self, seed=0):\n        super().__init__(seed)\n")
+    (tmp_path / "my_rule.py").write_text(
+        HEAD + "    def __init__(self, seed=0):\n        super().__init__(seed)\n")
     chosen = rulefile.load("my_rule.py:MyRule")
     assert isinstance(rulefile.make(chosen, 0), fa.FA)
     assert train.main(["--rule", "my_rule.py:MyRule", "--feedback-gain", "3", *SMALL]) == 2
@@ -169,7 +184,8 @@ def test_reproduce_puts_it_beside_feedback_alignment(tmp_path, monkeypatch, caps
     (tmp_path / "my_rule.py").write_text(SIGNS)
     calls = counted(monkeypatch)
     experiment = reproduce.Experiment("a claim", "",
-                                      {"backprop": "--rule bp", "FA": "--rule fa", "FA + norm": "--rule fa --norm"})
+                                      {"backprop": "--rule bp", "FA": "--rule fa",
+                                       "FA + norm": "--rule fa --norm"})
     monkeypatch.setattr(reproduce, "EXPERIMENTS",
                         {"tiny": experiment, "none": experiment._replace(cells={"backprop": "--rule bp"})})
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
@@ -180,8 +196,9 @@ def test_reproduce_puts_it_beside_feedback_alignment(tmp_path, monkeypatch, caps
     assert reproduce.main(["tiny", "--device", "cpu", "--rule", "my_rule.py:MyRule"]) == 0
     printed = capsys.readouterr().out
     assert len(calls) == 5 and calls[-1].argv[:3] == ["--rule", "my_rule.py:MyRule", "--norm"]
-    assert "3 of 5 runs are in" in printed and "| my_rule.MyRule | " in printed and "| my_rule.MyRule + norm | " in printed
-    assert (tmp_path / "results" / "tiny.jsonl").read_text() == committed       # and what is one's own goes elsewhere
+    assert ("3 of 5 runs are in" in printed and "| my_rule.MyRule | " in printed
+            and "| my_rule.MyRule + norm | " in printed)
+    assert (tmp_path / "results" / "tiny.jsonl").read_text() == committed   # one's own goes elsewhere
     assert len((tmp_path / "mine" / "tiny.jsonl").read_text().splitlines()) == 5
     assert (tmp_path / "mine" / "tiny.png").exists()
     assert reproduce.main(["none", "--device", "cpu", "--rule", "dfa"]) == 2

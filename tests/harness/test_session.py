@@ -1,4 +1,5 @@
-"""A run that is stopped, by whatever, ends as if it had not been: weights, logs, generators and ranks to the last bit."""
+"""A run that is stopped, by whatever, ends as if it had not been:
+weights, logs, generators and ranks to the last bit."""
 import contextlib
 import json
 import os
@@ -16,14 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_train import REAL_GRATINGS, SMALL, made_cifar100, small_gratings, tensors, without_time  # noqa: F401  (a fixture)
+from test_train import (REAL_GRATINGS, SMALL, made_cifar100, small_gratings,  # noqa: F401  (a fixture)
+                        tensors, without_time)
 
 import fa
 import train
 from harness import files, session
 
-VARIANTS = {"fa": "--norm", "muon": "--muon --norm", "ranks": "--muon --norm --rank 2", "kp": "--rule kp --muon --norm",
-            "dfa": "--rule dfa --norm", "whiten": "--norm whiten", "frozen": "--rule frozen --norm --rank", "no norm": "",
+VARIANTS = {"fa": "--norm", "muon": "--muon --norm", "ranks": "--muon --norm --rank 2",
+            "kp": "--rule kp --muon --norm", "dfa": "--rule dfa --norm", "whiten": "--norm whiten",
+            "frozen": "--rule frozen --norm --rank", "no norm": "",
             "resnet": "--muon --norm --model resnet18 --width 8", "held out": "--validate 60 --norm",
             "a rule that draws": "--rule unreliable.py:Unreliable --norm"}
 UNRELIABLE = """
@@ -31,7 +34,7 @@ import torch, fa
 from torch.nn import functional as F
 class Unreliable(fa.FA):
     def backward(self, layer, error, input_shape):
-        kept = torch.rand(layer.feedback.shape, generator=self.generator) < 0.9         # of its own generator, and of torch's
+        kept = torch.rand(layer.feedback.shape, generator=self.generator) < 0.9     # its own, and torch's
         return fa.project(layer, F.dropout(layer.feedback, 0.1) * kept, error, input_shape)
 """
 
@@ -112,7 +115,8 @@ def test_more_epochs_into_another_folder(capsys):
     assert train.main([*SMALL, "--norm", "--device", "cpu", "--out", "run"]) == 0
     before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
     assert train.main(["--resume", "run", "--epochs", "3", "--out", "longer"]) == 0
-    assert "--epochs is 3 and was 2: from here on the learning rates follow the new cosine" in capsys.readouterr().out
+    assert ("--epochs is 3 and was 2: from here on the learning rates follow the new cosine"
+            in capsys.readouterr().out)
     assert len(Path("longer/log.jsonl").read_text().splitlines()) == 3
     assert json.loads(Path("longer/config.json").read_text())["args"]["epochs"] == 3
     assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
@@ -125,7 +129,8 @@ def test_fewer_epochs_than_are_done_are_refused(capsys):
     for more in ([], ["--out", "shorter"]):
         assert train.main(["--resume", "run", "--epochs", "2", *more]) == 2
         out, err = capsys.readouterr()
-        assert not out and err == "train.py: the run has made 12 steps already, and --epochs 2 are 8; give more epochs\n"
+        assert not out and err == ("train.py: the run has made 12 steps already, and --epochs 2 are 8; "
+                                   "give more epochs\n")
     assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before and not Path("shorter").exists()
 
 
@@ -137,7 +142,7 @@ def test_a_second_interrupt_is_obeyed_at_once(capsys):
     assert train.main(["--resume", "run"]) == 0
 
 
-# ---- kill -9 ---------------------------------------------------------------------------------------------------
+# ---- kill -9 -----------------------------------------------------------------------------------------------
 
 KILLER = """
 import os, random, signal, sys, time
@@ -153,8 +158,8 @@ def epochs():
     return len(open("parts/log.jsonl").read().splitlines()) if os.path.exists("parts/log.jsonl") else 0
 
 def run(argv, more=None, pause=0, every=0):
-    # The exit status; killed, if it lives so long, `pause` seconds after it has finished so many `more` epochs. A checkpoint
-    # is written `every` so many seconds.
+    # The exit status; killed, if it lives so long, `pause` seconds after it has finished so many `more`
+    # epochs. A checkpoint is written `every` so many seconds.
     session.CHECKPOINT_SECONDS = every
     child, before = os.fork(), epochs()
     if child == 0:
@@ -175,7 +180,7 @@ took = time.time() - start
 rng, killed, deaths = random.Random({seed}), 0, []
 while killed < 20:
     begun = os.path.exists("parts/config.json")
-    more = rng.randrange(4)                                     # none: at the start, before or after it has read what there is
+    more = rng.randrange(4)                 # none: at the start, before or after it has read what there is
     status = run(["--resume", "parts"] if begun else [*args, "--out", "parts"], more,
                  rng.uniform(0, took / (8 if more else 2)), every=rng.choice([0, took / 10]))
     deaths.append(epochs())
@@ -183,7 +188,7 @@ while killed < 20:
     if not os.WIFSIGNALED(status):
         assert os.WEXITSTATUS(status) == 0, status
         assert os.path.exists("parts/curves.png")
-        import shutil                                           # it got to its end: the next kills find a new one
+        import shutil                       # it got to its end: the next kills find a new one
         shutil.rmtree("done", ignore_errors=True)
         os.rename("parts", "done")
 while run(["--resume", "parts"] if os.path.exists("parts/config.json") else [*args, "--out", "parts"]) != 0:
@@ -195,13 +200,16 @@ print(killed, len(set(deaths)))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_twenty_kills_at_random_moments(tmp_path):
     args = [*SMALL, "--epochs", "16", "--device", "cpu", "--muon", "--norm", "--rank", "5"]
-    done = subprocess.run([sys.executable, "-c", KILLER.format(root=str(ROOT), args=args, seed=random.randrange(10 ** 6))],
-                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run([sys.executable, "-c",
+                           KILLER.format(root=str(ROOT), args=args, seed=random.randrange(10 ** 6))],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     killed, epochs = map(int, done.stdout.split())
     assert killed == 20 and epochs > 3                          # they met the run in different epochs
     assert_same(tmp_path / "whole", tmp_path / "parts")
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert (sorted(p.name for p in (tmp_path / "parts").iterdir())
+            == sorted(p.name for p in (tmp_path / "whole").iterdir()))
     if (tmp_path / "done").exists():
         assert_same(tmp_path / "whole", tmp_path / "done")
 
@@ -235,7 +243,8 @@ def test_epochs_after_the_last_checkpoint_are_done_again(monkeypatch):
 def test_a_checkpoint_every_30_seconds_and_at_the_end(monkeypatch):
     tested, kept = [], []
     monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 30)
-    monkeypatch.setattr(session, "time", types.SimpleNamespace(perf_counter=lambda: 12.0 * len(tested)))  # 12 s an epoch
+    # 12 s an epoch
+    monkeypatch.setattr(session, "time", types.SimpleNamespace(perf_counter=lambda: 12.0 * len(tested)))
     monkeypatch.setattr(train.Trainer, "test", lambda self: tested.append(0) or 0.5)
     def checkpoint(self):
         kept.append(len(self.lines))
@@ -248,11 +257,13 @@ def test_a_checkpoint_every_30_seconds_and_at_the_end(monkeypatch):
 
 @pytest.mark.parametrize("moment", ["save", "fsync", "link", "replace"])
 def test_a_kill_while_a_checkpoint_is_written(moment, monkeypatch):
-    """The power goes at one of the calls that write it: something whole is there, and the run goes on from it."""
+    """The power goes at one of the calls that write it: something whole is there,
+    and the run goes on from it."""
     args = [*SMALL, "--epochs", "3", "--device", "cpu", "--norm"]
     assert train.main([*args, "--out", "whole"]) == 0
 
-    where = {"save": (torch, "save"), "fsync": (os, "fsync"), "link": (os, "link"), "replace": (os, "replace")}[moment]
+    where = {"save": (torch, "save"), "fsync": (os, "fsync"), "link": (os, "link"),
+             "replace": (os, "replace")}[moment]
     real, count = getattr(*where), []
 
     def dying(*args, **kwargs):
@@ -272,7 +283,7 @@ def test_a_kill_while_a_checkpoint_is_written(moment, monkeypatch):
     assert left and not list(Path("parts").glob(".*"))
 
 
-# ---- damaged, full, forbidden ----------------------------------------------------------------------------------
+# ---- damaged, full, forbidden ------------------------------------------------------------------------------
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-3000])
@@ -311,10 +322,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, capsys):
     damage(Path("parts/checkpoint.pt"))
     assert train.main(["--resume", "parts"]) == 0
     out = capsys.readouterr().out
-    assert "parts/checkpoint.pt is damaged" in out and "going on from the one before" in out and "after step 8 of 12" in out
+    assert ("parts/checkpoint.pt is damaged" in out and "going on from the one before" in out
+            and "after step 8 of 12" in out)
     assert_same(Path("whole"), Path("parts"))
     session.read_checkpoint(Path("parts"))
-    assert torch.load("parts/checkpoint.previous.pt", weights_only=True)["step"] == 8      # and not the damaged one
+    assert torch.load("parts/checkpoint.previous.pt", weights_only=True)["step"] == 8   # not the damaged one
     damage(Path("parts/checkpoint.pt"))
     damage(Path("parts/checkpoint.previous.pt"))
     assert train.main(["--resume", "parts"]) == 2
@@ -327,7 +339,7 @@ sys.path.insert(0, {root!r})
 import data, train
 few = data.gratings(256, 64)
 data.gratings = lambda: few
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))    # no file may grow above it, like a quota
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))    # for every file, like a quota
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -339,10 +351,12 @@ def test_a_full_disk_is_one_line_and_spoils_nothing(tmp_path):
     with stopping(6):
         train.main([*args, "--out", "parts"])
     before = {p.name: p.read_bytes() for p in Path("parts").iterdir() if p.name != "config.json"}
-    done = subprocess.run([sys.executable, "-c", FULL.format(root=str(ROOT), limit=20000), "--resume", "parts"],
+    done = subprocess.run([sys.executable, "-c", FULL.format(root=str(ROOT), limit=20000),
+                           "--resume", "parts"],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot write parts/checkpoint.pt: File too large; all that was written before is still there" in done.stderr
+    assert ("cannot write parts/checkpoint.pt: File too large; all that was written before is still there"
+            in done.stderr)
     after = {p.name: p.read_bytes() for p in Path("parts").iterdir() if p.name != "config.json"}
     assert after.keys() == before.keys() and after["checkpoint.pt"] == before["checkpoint.pt"]
     assert train.main(["--resume", "parts"]) == 0
@@ -390,7 +404,7 @@ def test_a_folder_without_permission(capsys):
     assert "cannot make the run folder locked/run: Permission denied" in capsys.readouterr().err
 
 
-# ---- what a run does not go on with ----------------------------------------------------------------------------
+# ---- what a run does not go on with ------------------------------------------------------------------------
 
 @pytest.fixture
 def halted():
@@ -427,17 +441,23 @@ def other_feedback(run):
 SPOILS = {
     "the network": (other_network, "made with --width 8 and not 4"),
     "feedback": (other_feedback, "feedback weights are not those that the run began with"),
-    "version": (lambda run: changed(run / "config.json", lambda c: c.update(version=0)), "made by version 0 of train.py"),
-    "an old config": (lambda run: changed(run / "config.json", lambda c: c["args"].pop("flatten")), "made by version 1 of"),
+    "version": (lambda run: changed(run / "config.json", lambda c: c.update(version=0)),
+                "made by version 0 of train.py"),
+    "an old config": (lambda run: changed(run / "config.json", lambda c: c["args"].pop("flatten")),
+                      "made by version 1 of"),
     "no config": (lambda run: (run / "config.json").unlink(), "No such file or directory"),
     "config no JSON": (lambda run: (run / "config.json").write_text("{"), "is no JSON"),
     "config a list": (lambda run: (run / "config.json").write_text("[]"), "holds no arguments"),
     "config garbage": (lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "is no JSON"),
     "weights of another shape": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s["model"].update(
         {"layers.1.weight": torch.ones(2)})), "the checkpoint does not fit the network"),
-    "no optimiser": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s.update(optimisers=[])), "does not fit the"),
-    "no identity": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s.pop("identity")), "not this run's"),
-    "another data set": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s["identity"].update(data="0")), "with data 0"),
+    "no optimiser": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s.update(optimisers=[])),
+                     "does not fit the"),
+    "no identity": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s.pop("identity")),
+                    "not this run's"),
+    "another data set":
+        (lambda run: rewritten(run / "checkpoint.pt", lambda s: s["identity"].update(data="0")),
+         "with data 0"),
     "another device": (lambda run: rewritten(run / "checkpoint.pt", lambda s: s.update(device="cuda")),
                        "stopped within an epoch on a cuda device"),
 }
@@ -473,7 +493,8 @@ def test_a_rule_file_that_changed_is_refused(capsys):
 
 
 def test_only_one_process_writes_to_a_run(halted, capsys):
-    code = (f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom harness import files\nfrom pathlib import Path\n"
+    code = (f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+            "from harness import files\nfrom pathlib import Path\n"
             "with files.claim(Path('run')):\n    print('has it', flush=True)\n    time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -487,23 +508,30 @@ def test_only_one_process_writes_to_a_run(halted, capsys):
 
 
 def test_two_runs_started_at_once_do_not_mix(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--subset", "64", "--width", "4", "--epochs", "1", "--batch-size", "32"]
-    both = [subprocess.Popen([*command, "--seed", "0"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}) for _ in range(2)]
+    command = [sys.executable, str(ROOT / "train.py"), "--subset", "64", "--width", "4", "--epochs", "1",
+               "--batch-size", "32"]
+    both = [subprocess.Popen([*command, "--seed", "0"], cwd=tmp_path, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+            for _ in range(2)]
     for process in both:
         assert process.communicate() and process.returncode == 0
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["fa-gratings-cnn-s0", "fa-gratings-cnn-s0-2"]
+    assert (sorted(p.name for p in (tmp_path / "runs").iterdir())
+            == ["fa-gratings-cnn-s0", "fa-gratings-cnn-s0-2"])
     assert_same(*(tmp_path / "runs").iterdir())
 
 
 def test_feedback_that_changes_in_secret_stops_the_run(capsys):
-    Path("mine.py").write_text("import fa\nclass Mine(fa.FA):\n    def backward(self, layer, error, input_shape):\n        "
-                               "layer.feedback.mul_(0.99)\n        return super().backward(layer, error, input_shape)\n")
+    Path("mine.py").write_text("import fa\nclass Mine(fa.FA):\n"
+                               "    def backward(self, layer, error, input_shape):\n"
+                               "        layer.feedback.mul_(0.99)\n"
+                               "        return super().backward(layer, error, input_shape)\n")
     assert train.main([*SMALL, "--rule", "mine.py:Mine", "--device", "cpu", "--out", "run"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "the feedback weights have changed since the run began" in err
     assert len(Path("run/log.jsonl").read_text().splitlines()) == 1 and not Path("run/checkpoint.pt").exists()
-    Path("mine.py").write_text(Path("mine.py").read_text().replace("(fa.FA):\n", "(fa.FA):\n    learns = True\n"))
+    Path("mine.py").write_text(Path("mine.py").read_text().replace("(fa.FA):\n",
+                                                                   "(fa.FA):\n    learns = True\n"))
     assert train.main([*SMALL, "--rule", "mine.py:Mine", "--device", "cpu", "--out", "again"]) == 0
     assert fa.KolenPollack.learns and not fa.FA.learns
 
@@ -518,11 +546,13 @@ def test_a_rule_that_is_gone_stops_the_run(monkeypatch, capsys):
 
     monkeypatch.setattr(train.Trainer, "step", step)
     assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 2
-    assert "FA did not carry the error through layer 'layers.1': its forward was replaced" in capsys.readouterr().err
+    assert ("FA did not carry the error through layer 'layers.1': its forward was replaced"
+            in capsys.readouterr().err)
 
 
 def test_a_process_that_waits_for_nobody_reads_no_half_file(tmp_path):
-    """A reader that looks all the time while a log is written over and over: it never sees less than a whole one."""
+    """A reader that looks all the time while a log is written over and over:
+    it never sees less than a whole one."""
     path = tmp_path / "log.jsonl"
     files.write_lines(path, [{"epoch": i} for i in range(50)])
     reader = subprocess.Popen([sys.executable, "-c", f"""
