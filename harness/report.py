@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from harness import files, recorder, rulefile
 
+os.environ["MPLBACKEND"] = "Agg"     # before matplotlib is imported: the backend of a notebook may stop that
+
 # Okabe & Ito 2008 for what the paper compares, Tol 2021 for the rest: both are safe for the colour-blind.
 COLOURS = {"backprop": "#888888", "backprop + Muon": "#CC79A7", "backprop + norm": "#000000",
            "backprop + Muon + norm": "#009E73", "frozen features": "#999933",
@@ -246,7 +248,6 @@ def colours(labels: Sequence[str]) -> list[str]:
 
 def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none"):
     """(figure, axes as an array of that shape): no display needed, no frame around the axes."""
-    os.environ["MPLBACKEND"] = "Agg"                            # a notebook's backend may stop the import
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

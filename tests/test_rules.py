@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import fa
 import models
 import muon
+import rank
 from test_fa import gradients, hidden, relative, resnet
 
 WITH_FEEDBACK = [name for name, rule in fa.RULES.items() if name not in ("bp", "frozen")]
@@ -171,7 +172,7 @@ def test_kolen_polacks_angle_falls_to_zero_and_without_decay_it_does_not(decay, 
     x = torch.randn(200, 20)
     train(model, handle, x, x[:, :5].argmax(1), 300, [optimiser])
     low, high = angle
-    assert low <= fa._angle(model[2].weight, model[2].feedback) <= high
+    assert low <= rank.angle(model[2].weight, model[2].feedback) <= high
 
 
 def test_feedback_that_learns_is_a_parameter_beside_its_weight():

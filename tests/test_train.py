@@ -283,7 +283,7 @@ def test_what_is_not_finite_is_found_at_its_step_with_its_layer(where, step, mon
             handle.remove()
         return result
 
-    monkeypatch.setattr(train.Trainer, "descend", descend)
+    monkeypatch.setattr(train.Trainer, "step", descend)
     assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 3
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     what = "the loss" if where == "loss" else f"the {where} of layers.2.weight"
@@ -366,7 +366,7 @@ WRONG = {
     "--rule full:Mine": "full: Is a directory",
     "--rule :": "is no rule",
     "--norm batch layer": "unrecognized arguments: layer",
-    "--dataset full": "full has no folder train/",
+    "--dataset full": "full is no data set",
     "--dataset \u0434\u0430\u043d\u043d\u044b\u0435": "choose from gratings, cifar10, cifar100, or a folder "
                                                       "of images",
     "--dataset cifar10 --data other": "cannot download cifar10",
