@@ -1,19 +1,19 @@
 """Train one network by one rule, and leave a folder of evidence.
 
-    python train.py                                                   # fa on gratings: under a minute on a laptop
-    python train.py --muon --norm                                     # the same, repaired
-    python train.py --rule fa --muon --norm --dataset cifar100        # the paper's headline run, ResNet-18
-    torchrun --nproc-per-node 4 train.py ...                          # the same on four GPUs
+    python train.py                                               # fa on gratings: under a minute on a laptop
+    python train.py --muon --norm                                 # the same, repaired
+    python train.py --rule fa --muon --norm --dataset cifar100    # the paper's headline run, ResNet-18
+    torchrun --nproc-per-node 4 train.py ...                      # the same on four GPUs
 
-The paper (Boeshertz, Pascanu & Clopath 2026) trains deep networks by feedback alignment (fa.py) and repairs its collapsing
-error signal in two ways: Muon for the hidden weights (muon.py) and normalised hidden activity (norm.py). Each is a flag.
-This is the page on which everything meets:
+The paper (Boeshertz, Pascanu & Clopath 2026) trains deep networks by feedback alignment (fa.py) and repairs
+its collapsing error signal in two ways: Muon for the hidden weights (muon.py) and normalised hidden activity
+(norm.py). Each is a flag. This is the page on which everything meets:
 
     images ──▶ model ──▶ loss ──▶ backward, where fa.py's hooks carry the error ──▶ Muon and SGD ──▶ weights
 
-The learning rates fall to 0 along a cosine. The reported accuracy is that of the last epoch, never of the best one.
-What a run needs besides (its folder, going on where it was stopped, several processes, CUDA graphs) is in harness/ and
-appears here as one call each; harness/README.md lists the exit statuses.
+The learning rates fall to 0 along a cosine. The reported accuracy is that of the last epoch, never of the
+best one. What else a run needs (its folder, going on where it was stopped, several processes, CUDA graphs) is
+in harness/ and appears here as one call each; harness/README.md lists the exit statuses.
 """
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Trainer:
         self.generator = torch.Generator(device).manual_seed(args.seed)         # order and augmentation
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
-        # The network. In channels_last the kernels need not reorder activations: a quarter less time for a step on a CPU.
+        # The network. In channels_last the kernels need not reorder activations: a step on a CPU takes a
+        # quarter less time.
         torch.manual_seed(args.seed)
         depth = {"depth": args.depth} if args.depth else {}
         self.model = models.MODELS[args.model](len(dataset.classes), args.norm, args.width, init=args.init,
@@ -59,20 +60,22 @@ class Trainer:
         self.model.to(device, memory_format=torch.channels_last)
 
         # Feedback alignment, or another rule, carries the error back through every hidden layer.
-        rule = rulefile.make(rulefile.load(args.rule), args.seed, args.feedback_gain, args.feedback_orthogonal)
+        rule = rulefile.make(rulefile.load(args.rule), args.seed,
+                             args.feedback_gain, args.feedback_orthogonal)
         self.handle = fa.attach(self.model, rule)
         self.network = parallel.wrap(self.model, self.normalise(self.images[:2]), self.labels[:2])
 
         # Muon takes the hidden weights, Nesterov SGD all others; or SGD takes all.
         hidden, others = muon.split(self.model)
-        change = rank.flatten if args.flatten else partial(rank.cut, r=args.cut) if args.cut else None
+        cut = partial(rank.cut, r=args.cut) if args.cut else None
+        change = rank.flatten if args.flatten else cut
         self.changed = partial(rank.updates, hidden, change) if change else contextlib.nullcontext
         if not args.muon:
             hidden, others = [], list(self.model.parameters())
-        in_tensors = args.graph or device.type == "cuda"            # a CUDA graph must find its learning rates in tensors
+        in_tensors = args.graph or device.type == "cuda"        # where a CUDA graph reads its learning rates
         rate = partial(torch.tensor, device=device) if in_tensors else float
-        sgd = torch.optim.SGD(others, rate(args.lr), momentum=0.9, nesterov=True, weight_decay=args.weight_decay,
-                              fused=in_tensors or None)
+        sgd = torch.optim.SGD(others, rate(args.lr), momentum=0.9, nesterov=True,
+                              weight_decay=args.weight_decay, fused=in_tensors or None)
         self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [(sgd, args.lr)]
         if hidden:
             decay = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
@@ -81,15 +84,21 @@ class Trainer:
             self.optimisers.insert(0, (matrices, args.muon_lr))
         session.each_in_one(self.model, [optimiser for optimiser, _ in self.optimisers])
 
-        # With --rank, ranks and alignments on the first 512 images, and the trajectory of the gradients.
-        self.recording = recorder.Recording(self.model, self.handle, self.normalise(self.images[:512]), self.labels[:512],
-                                            data.steps(len(self.images), args.batch_size), args.epochs) if args.rank else None
+        # With --rank, record ranks and alignments on the first 512 images, and the gradients' trajectory.
+        self.recording: recorder.Recording | None = None
+        if args.rank:
+            per_epoch = data.steps(len(self.images), args.batch_size)
+            self.recording = recorder.Recording(self.model, self.handle, self.normalise(self.images[:512]),
+                                                self.labels[:512], per_epoch, args.epochs)
         self.watched = self.recording.step if self.recording else contextlib.nullcontext
 
     def step(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step on the chosen images: loss, how many were classified correctly, `session.largest`; all on the device."""
+        """One step on the chosen images.
+
+        Returns the loss, how many images were classified correctly, and `session.largest`, all on the device.
+        """
         batch = data.batch(self.images, self.labels, chosen, self.generator, self.flip)
-        images, labels = (parallel.share(part) for part in batch)   # of several processes each takes its part
+        images, labels = (parallel.share(part) for part in batch)   # each process takes its part
         with self.autocast():
             logits = self.network(self.normalise(images))
         loss = F.cross_entropy(logits.float(), labels)
@@ -113,7 +122,7 @@ class Trainer:
 
 
 def load(args: argparse.Namespace) -> data.Dataset:
-    """What the arguments ask for. Raises files.Problem."""
+    """The data set that the arguments ask for. Raises files.Problem."""
     dataset = data.load(args.dataset, args.data, args.image_size or 32)
     if args.validate:
         try:
@@ -131,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         dataset = load(args)
         trainer = Trainer(args, dataset)
         step = graph.Graphed(trainer.step, trainer.generator) if args.graph else trainer.step
-        run.begin(trainer.model, trainer.handle, trainer.optimisers, trainer.generator, trainer.recording, dataset)
+        run.begin(trainer.model, trainer.handle, trainer.optimisers, trainer.generator,
+                  trainer.recording, dataset)
         for _ in run.epochs():
             trainer.model.train()
             for chosen in run.batches(len(trainer.images), args.batch_size):

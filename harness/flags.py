@@ -1,7 +1,8 @@
-"""What can be asked of a training run: every flag, with the reason for its default, and what makes no sense together.
+"""Every flag of a training run, with the reason for its default, and which flags make no sense together.
 
-`parse` turns a command line into complete arguments: what was left out is filled in from the recipe of the data set, and a
-wrong input ends with one line and status 2. With `--resume RUN` the arguments are those that the run began with.
+`parse` turns a command line into complete arguments. What the user leaves out comes from the recipe of the
+data set; a wrong input ends with one line and status 2. With `--resume RUN` the arguments are those that the
+run began with.
 """
 from __future__ import annotations
 
@@ -21,30 +22,34 @@ import models
 import norm
 from harness import files, parallel, rulefile
 
-CONFIG = "config.json"          # of a run's folder: what was asked
-VERSION = 2                     # raised by every change that moves a run's numbers; results/ of another is not mixed in
-# By data set: the paper's network for it, and what is trained when nothing else is asked for.
+CONFIG = "config.json"          # in a run's folder: what was asked for
+# Every change that moves a run's numbers raises the version; results of different versions are not mixed.
+VERSION = 2
+# For each data set the paper's network, and what is trained when nothing else is asked for.
 RECIPES = {"gratings": {"model": "cnn", "width": 16, "epochs": 12, "batch_size": 64},
            "cifar10": {"model": "cnn", "width": 32, "epochs": 50, "batch_size": 128},
            "cifar100": {"model": "resnet18", "width": 64, "epochs": 100, "batch_size": 128}}
-WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64, "resnet34": 64, "vgg11": 64}    # of a network that is not the recipe's
+# The width of a network that is not the recipe's.
+WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64, "resnet34": 64, "vgg11": 64}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")             # one line; the usage is behind --help
+        # One line; the usage is behind --help.
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite number of at least `low` (or above it) and at most `high`."""
-    wanted = f"{'an integer' if kind is int else 'a finite number'} {'above' if above else 'of at least'} {low}"
+    what = "an integer" if kind is int else "a finite number"
+    wanted = f"{what} {'above' if above else 'of at least'} {low}"
     wanted += f" and at most {high}" if high < math.inf else ""
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
             finite = math.isfinite(value)
-        except (ValueError, OverflowError):                     # not a number, or an integer too large for any float
+        except (ValueError, OverflowError):         # not a number, or an integer too large for any float
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}") from None
         if not finite or not low <= value <= high or (above and value == low):
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
@@ -66,52 +71,59 @@ def parser() -> argparse.ArgumentParser:
                epilog="The run folder holds config.json, log.jsonl, checkpoint.pt and curves.png.")
     g = p.add_argument_group("the experiment")
     g.add_argument("--rule", type=rule, default="fa", metavar="RULE",
-                   help=f"how the error crosses a layer: {', '.join(fa.RULES)} (see fa.py; bp is backprop), or a class of "
-                        "your own, my_rule.py:MyRule (default: fa)")
+                   help=f"how the error crosses a layer: {', '.join(fa.RULES)} (see fa.py; bp is backprop), "
+                        "or a class of your own, my_rule.py:MyRule (default: fa)")
     g.add_argument("--muon", action="store_true",
                    help="orthogonalise the updates of hidden weights (default: Nesterov SGD for all weights)")
     g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
-                   help="normalise hidden activity; --norm alone is batch, the paper's (default: no normalisation)")
+                   help="normalise hidden activity; --norm alone is batch, the paper's "
+                        "(default: no normalisation)")
     g.add_argument("--dataset", default="gratings", metavar="DATA",
-                   help=f"what to learn: {', '.join(data.NAMES)}, or a folder with train/ and test/ (or val/) and there a "
-                        "folder of images for each class (default: gratings, which is generated, not downloaded)")
+                   help=f"what to learn: {', '.join(data.NAMES)}, or a folder with train/ and test/ "
+                        "(or val/) and there a folder of images for each class "
+                        "(default: gratings, which is generated, not downloaded)")
     g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
                    help="of weights, feedback, order and augmentation (default: 0)")
     g = p.add_argument_group("feedback")
     g.add_argument("--feedback-gain", type=number(float, 0, above=True),
-                   help="draw the feedback weights so many times larger (default: 1, like the forward weights)")
+                   help="draw the feedback weights so many times larger "
+                        "(default: 1, like the forward weights)")
     g.add_argument("--feedback-orthogonal", action="store_true",
                    help="make the feedback weights orthogonal, of the same norm (default: as they are drawn)")
     g = p.add_argument_group("network")
     g.add_argument("--model", choices=models.MODELS,
-                   help="the network (default: the paper's, resnet18 for cifar100 and the 4-layer cnn otherwise)")
+                   help="the network "
+                        "(default: the paper's, resnet18 for cifar100 and the 4-layer cnn otherwise)")
     g.add_argument("--width", type=number(int, 1),
-                   help="channels of the first layer, units of the mlp (default: 64, 32 cnn, 512 mlp; 16 for the cnn on "
-                        "gratings, for speed)")
+                   help="channels of the first layer, units of the mlp "
+                        "(default: 64, 32 cnn, 512 mlp; 16 for the cnn on gratings, for speed)")
     g.add_argument("--depth", type=number(int, 1),
-                   help="hidden layers of the cnn or mlp (default: 4, the paper's; the others have their own)")
+                   help="hidden layers of the cnn or mlp "
+                        "(default: 4, the paper's; the others have their own)")
     g.add_argument("--init", choices=models.INITS,
-                   help="initialisation of forward and feedback weights (default: he without --norm, torch with it; see "
-                        "models.py)")
+                   help="initialisation of forward and feedback weights "
+                        "(default: he without --norm, torch with it; see models.py)")
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="data", metavar="DIR", help="folder of the downloaded data sets (default: data)")
+    g.add_argument("--data", default="data", metavar="DIR",
+                   help="folder of the downloaded data sets (default: data)")
     g.add_argument("--image-size", type=number(int, 8), metavar="PIXELS",
                    help="resize the images of a folder to this (default: 32)")
     g.add_argument("--subset", type=number(int, 1), metavar="N",
                    help="train on the first N images only; the test set stays whole (default: all)")
     g.add_argument("--validate", type=number(int, 1), metavar="N",
-                   help="hold out the last N training images and measure on them instead of the test set, to choose "
-                        "hyperparameters (default: the test set)")
+                   help="hold out the last N training images and measure on them instead of the test set, "
+                        "to choose hyperparameters (default: the test set)")
     g = p.add_argument_group("optimisers")
     g.add_argument("--epochs", type=number(int, 1),
                    help="passes over the training images (default: 12 gratings, 50 cifar10, 100 cifar100)")
     g.add_argument("--batch-size", type=number(int, 1),
                    help="images a step (default: 128; 64 for gratings, which are few)")
     g.add_argument("--lr", type=number(float, 0, above=True),
-                   help="first learning rate of Nesterov SGD (default: 0.05 with --norm; 0.02 without, which diverges "
-                        "sooner)")
+                   help="first learning rate of Nesterov SGD "
+                        "(default: 0.05 with --norm; 0.02 without, which diverges sooner)")
     g.add_argument("--muon-lr", type=number(float, 0, above=True),
-                   help="first learning rate of Muon (default: 0.05 with --norm; 0.01 without, which diverges sooner)")
+                   help="first learning rate of Muon "
+                        "(default: 0.05 with --norm; 0.01 without, which diverges sooner)")
     g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
                    help="of both optimisers (default: 0.0005, usual for CIFAR)")
     g.add_argument("--muon-weight-decay", type=number(float, 0),
@@ -125,27 +137,31 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--out", metavar="DIR",
                    help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
     g.add_argument("--resume", metavar="RUN", type=Path,
-                   help="go on with the run in this folder, with its arguments; what else may be given is --epochs, --data, "
-                        "--device, --graph, and --out to write elsewhere (default: a new run)")
+                   help="go on with the run in this folder, with its arguments; what else may be given is "
+                        "--epochs, --data, --device, --graph, and --out to write elsewhere "
+                        "(default: a new run)")
     g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
-                   help="record ranks and alignments after every so many epochs, into rank.jsonl (default: never; --rank "
-                        "alone: every epoch)")
+                   help="record ranks and alignments after every so many epochs, into rank.jsonl "
+                        "(default: never; --rank alone: every epoch)")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto",
                    help="cpu, cuda or cuda:N (default: auto, the first GPU where there is one)")
     g.add_argument("--graph", action=argparse.BooleanOptionalAction,
-                   help="record the training step as a CUDA graph and replay it (default: on a GPU, if the step is the "
-                        "same every time: one process, a rule of fa.py, no --rank, --cut or --flatten)")
+                   help="record the training step as a CUDA graph and replay it "
+                        "(default: on a GPU, if the step is the same every time: one process, "
+                        "a rule of fa.py, no --rank, --cut or --flatten)")
     g.add_argument("--deterministic", action="store_true",
-                   help="on a GPU too the same bits in every run, by operations that may be slower (default: there some "
-                        "sums come in any order; on a CPU all bits are the same anyway)")
+                   help="on a GPU too the same bits in every run, by operations that may be slower "
+                        "(default: there some sums come in any order; on a CPU all bits are the same anyway)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction,
-                   help="bf16 in forward and backward, float32 for weights (default: where the GPU or the CPU has "
-                        "instructions for it and so is faster; on a CPU not for gratings, whose numbers the README prints)")
+                   help="bf16 in forward and backward, float32 for weights "
+                        "(default: where the GPU or the CPU has instructions for it and so is faster; "
+                        "on a CPU not for gratings, whose numbers the README prints)")
     return p
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The complete arguments; whatever makes no sense ends the process with one line and status 2."""
     p = parser()
     args = p.parse_args(argv)
     try:
@@ -159,13 +175,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             p.error(f"--{flag.replace('_', '-')} has no effect without --muon: add --muon or leave it out")
     for flag in ("feedback_gain", "feedback_orthogonal"):
         if getattr(args, flag) and args.rule in ("bp", "frozen"):
-            p.error(f"--{flag.replace('_', '-')} has no effect with --rule {args.rule}, which has no feedback weights")
+            p.error(f"--{flag.replace('_', '-')} has no effect with --rule {args.rule}, "
+                    "which has no feedback weights")
     args.rule_digest = rulefile.digest(args.rule)
     if args.resume and args.rule_digest != args.saved["rule_digest"]:
-        p.error(f"--resume {args.resume}: {args.rule} has changed since; a run goes on only with the rule that it began with")
-    recipe = RECIPES.get(args.dataset, RECIPES["cifar100"])         # a folder of images is treated like CIFAR-100
+        p.error(f"--resume {args.resume}: {args.rule} has changed since; "
+                "a run goes on only with the rule that it began with")
+    recipe = RECIPES.get(args.dataset, RECIPES["cifar100"])     # a folder of images is treated like CIFAR-100
     if args.dataset not in data.NAMES and not os.path.isdir(args.dataset):
-        p.error(f"--dataset {args.dataset}: choose from {', '.join(data.NAMES)}, or a folder of images, which this is not")
+        p.error(f"--dataset {args.dataset}: choose from {', '.join(data.NAMES)}, "
+                "or a folder of images, which this is not")
     if args.image_size and args.dataset in data.NAMES:
         p.error(f"--image-size has no effect on {args.dataset}, whose images are 32 pixels wide")
     args.model = args.model or recipe["model"]
@@ -174,7 +193,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--depth has no effect on {args.model}: choose --model cnn or mlp, or leave it out")
     for flag in ("cut", "flatten"):
         if getattr(args, flag) and args.model == "mlp" and args.depth == 1:
-            p.error(f"--{flag} has no effect on an mlp of depth 1, which has no hidden weights beside stem and classifier")
+            p.error(f"--{flag} has no effect on an mlp of depth 1, "
+                    "which has no hidden weights beside stem and classifier")
     args.epochs = args.epochs or recipe["epochs"]
     args.batch_size = args.batch_size or recipe["batch_size"]
     args.lr = args.lr or (0.05 if args.norm else 0.02)
@@ -185,18 +205,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device, args.device_reason = choose_device(p, args.device)
     if args.graph and args.device.type != "cuda":
         p.error("--graph records CUDA kernels and needs a GPU")
-    changing = next((flag for flag, asked in {
-        "--cut": args.cut, "--flatten": args.flatten, "--rank": args.rank, "several processes": parallel.asked(),
-        f"--rule {args.rule}": args.rule not in fa.RULES}.items() if asked), None)
+    changes = {"--cut": args.cut, "--flatten": args.flatten, "--rank": args.rank,
+               "several processes": parallel.asked(), f"--rule {args.rule}": args.rule not in fa.RULES}
+    changing = next((flag for flag, asked in changes.items() if asked), None)
     if args.graph and changing:
         p.error(f"--graph cannot be combined with {changing}: its Python may do something else in every step")
     if args.graph is None:
         args.graph = args.device.type == "cuda" and not changing
     args.amp_reason = "as the run began" if args.resume else "as asked"
     if args.amp is None:
-        kept = args.device.type == "cpu" and args.dataset == "gratings"         # the README prints their numbers
+        # The README prints the numbers of gratings on a CPU.
+        kept = args.device.type == "cpu" and args.dataset == "gratings"
         args.amp = not kept and computes_bf16(args.device)
-        here = f"this {'GPU' if args.device.type == 'cuda' else 'CPU'} has {'it' if args.amp else 'no bf16'}"
+        processor = "GPU" if args.device.type == "cuda" else "CPU"
+        here = f"this {processor} has {'it' if args.amp else 'no bf16'}"
         args.amp_reason = "default for gratings" if kept else here
     return args
 
@@ -205,12 +227,13 @@ FREE = ("data", "device", "epochs", "graph", "out")             # what a resumed
 
 
 def resumed(p: argparse.ArgumentParser, argv: list[str] | None, folder: Path) -> argparse.Namespace:
-    """The arguments of the run in `folder`, with what may be given anew; `saved` are those that it had."""
+    """The arguments of the run in `folder`, but for those given anew; `saved` are those that it had."""
     try:
         config = read_config(folder)
     except files.Problem as e:
         p.error(f"--resume {folder}: {e}")
-    saved, flags = config["args"], vars(p.parse_args([])).keys() - {"resume"}
+    saved = config["args"]
+    flags = vars(p.parse_args([])).keys() - {"resume"}
     if config.get("version") != VERSION or not saved.keys() >= set(fixed()):
         p.error(f"--resume {folder}: it was made by version {config.get('version')} of train.py, commit "
                 f"{config.get('commit')}, and this is version {VERSION}")
@@ -221,7 +244,8 @@ def resumed(p: argparse.ArgumentParser, argv: list[str] | None, folder: Path) ->
     changed = [f"--{key.replace('_', '-')} was {saved[key]} and is {getattr(args, key)}" for key in fixed()
                if getattr(args, key) != saved[key]]
     if changed:
-        p.error(f"--resume {folder}: {', '.join(changed)}; a run goes on as it began, only --{', --'.join(FREE)} may differ")
+        p.error(f"--resume {folder}: {', '.join(changed)}; a run goes on as it began, "
+                f"only --{', --'.join(FREE)} may differ")
     args.saved = saved
     return args
 
@@ -241,7 +265,7 @@ def read_config(folder: Path) -> dict:
 
 
 def check(args: argparse.Namespace, count: int, processes: int) -> None:
-    """Can a data set of `count` training images be trained on like this? Raises Problem."""
+    """Raise Problem if a data set of `count` training images cannot be trained on like this."""
     if args.subset and args.subset > count:
         raise files.Problem(f"--subset {args.subset}: {args.dataset} has {count} training images"
                             + (" that are not held out" if args.validate else ""))
@@ -253,7 +277,7 @@ def check(args: argparse.Namespace, count: int, processes: int) -> None:
 
 
 def choose_device(p: argparse.ArgumentParser, name: str) -> tuple[torch.device, str]:
-    """(device, why). A GPU has its number here, and becomes the current one, on which streams and graphs are made."""
+    """(device, why). A GPU gets its number here and becomes the current one, for all streams and graphs."""
     available = torch.cuda.is_available()
     if name == "auto" and not available:
         return torch.device("cpu"), "no GPU was found"
@@ -266,7 +290,8 @@ def choose_device(p: argparse.ArgumentParser, name: str) -> tuple[torch.device, 
     if device.type == "cpu":
         return device, "as asked"
     if not available:
-        p.error(f"--device {name}: torch {torch.__version__} finds no GPU here; leave --device out to use the CPU")
+        p.error(f"--device {name}: torch {torch.__version__} finds no GPU here; "
+                "leave --device out to use the CPU")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if parallel.asked() else device.index or 0)
     if device.index >= torch.cuda.device_count():
         p.error(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
@@ -281,7 +306,7 @@ def choose_device(p: argparse.ArgumentParser, name: str) -> tuple[torch.device, 
 def try_out(device: torch.device) -> str:
     """Make this GPU the current one and add two numbers on it. Returns why that fails, or "".
 
-    A torch that was built without kernels for a card finds it, and fails at the first operation.
+    A torch that was built without kernels for a card finds the card, and fails at the first operation.
     """
     try:
         torch.cuda.set_device(device)
@@ -295,14 +320,15 @@ def computes_bf16(device: torch.device) -> bool:
     """Does this device have instructions for bf16? Where it is only emulated, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)       # is_bf16_supported() counts emulation
-    # On x86 oneDNN's word is not enough: it counts every AVX512, and converts to float32 and back without AVX512-BF16.
+    # On x86 oneDNN's word is not enough: it says yes to every AVX512, and without AVX512-BF16 it converts to
+    # float32 and back.
     x86 = torch.cpu._is_avx2_supported()
     return (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
             and (not x86 or torch.cpu._is_avx512_bf16_supported()))
 
 
 def muon_dtype(device: torch.device) -> torch.dtype:
-    """In which Muon iterates: bf16 is enough, but where it is only emulated float32 is many times faster."""
+    """What Muon iterates in: bf16 is enough, but where it is only emulated float32 is many times faster."""
     return torch.bfloat16 if computes_bf16(device) else torch.float32
 
 

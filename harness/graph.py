@@ -1,21 +1,24 @@
 """What is here only for speed: the step as one CUDA graph on a GPU, and memory that is kept on a CPU.
 
-A step of ResNet-18 with Muon launches some thousand kernels. A fast GPU runs most of them in less time than Python needs to
-ask for the next, and waits. A CUDA graph remembers the launches of a step, with the addresses of all tensors, and repeats
-them with one call. The hooks of fa.py run while the graph is recorded; what they launched is in it.
+A step of ResNet-18 with Muon launches some thousand kernels. A fast GPU runs most of them in less time than
+Python needs to ask for the next, and waits. A CUDA graph remembers the launches of a step, with the addresses
+of all tensors, and repeats them with one call. The hooks of fa.py run while the graph is recorded; what they
+launched is in it.
 
 What is recorded must be the same next time, so
 
-    whatever changes from step to step is a tensor that stays where it is: weights, momentum, batch, learning rates, random
-    state (the schedule writes new numbers into the learning rates, between the replays);
+    whatever changes from step to step is a tensor that stays where it is: weights, momentum, batch, learning
+    rates, random state (between the replays the schedule writes new numbers into the learning rates);
     nothing asks a tensor for its value (`.item()`, `if loss > ...`), which would wait for the GPU;
-    what happens only once, such as the first momentum or the choice of convolution algorithms, has happened before: the
-    first calls just run the step.
+    what happens only once, such as the first momentum or the choice of convolution algorithms, has happened
+    before: the first calls just run the step.
 
-Python code inside the step runs while it is recorded and never again: a rule that counts its calls will count wrong.
+Python code inside the step runs while it is recorded and never again: a rule that counts its calls will count
+wrong.
 
-On a CPU the time goes elsewhere. The C library gives every large tensor's memory back to the system when the tensor dies, and
-the next one pays for it page by page; in a step with large batches a sixth of the time or more (see tests/benchmark.py).
+On a CPU the time goes elsewhere. When a large tensor dies, the C library gives its memory back to the system,
+and the next tensor pays for it page by page; in a step with large batches this takes a sixth of the time or
+more (see tests/benchmark.py).
 """
 from __future__ import annotations
 
@@ -31,22 +34,28 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1                           # of glibc's mal
 
 
 def prepare(device: torch.device, deterministic: bool = False) -> None:
-    """Once, before training. `deterministic`: on a GPU too the same bits in every run, by operations that may be slower."""
+    """Called once, before training.
+
+    deterministic   on a GPU too the same bits in every run, by operations that may be slower
+    """
     if device.type != "cuda":
         keep_memory()
         return
-    # "float32" means float32. By default convolutions would round their factors to 10 bits (TF32), and products would not.
+    # "float32" means float32. By default convolutions would round their factors to 10 bits (TF32), matrix
+    # products would not.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")             # asked for by cuBLAS
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")             # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False             # or a kernel writes NaN into each empty tensor
+        # Otherwise a kernel writes NaN into each empty tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     else:
-        torch.backends.cudnn.benchmark = True                   # shapes never change: try the algorithms once, keep the fastest
+        # Shapes never change: try the algorithms once and keep the fastest.
+        torch.backends.cudnn.benchmark = True
 
 
 def set_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
-    """Give all parameters this learning rate, in the tensor that it has been in so far, if it was in one."""
+    """Give all parameters this learning rate, written into the tensor that holds it if there is one."""
     for group in optimiser.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(value)
@@ -55,10 +64,13 @@ def set_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
 
 
 def keep_memory() -> bool:
-    """Let this process keep the memory of dead tensors for the next ones. False where the C library has no such setting."""
+    """Let this process keep the memory of dead tensors for the next ones.
+
+    Returns False where the C library has no such setting.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):                # not glibc; TypeError: Windows
+    except (AttributeError, OSError, TypeError):                # not glibc; on Windows a TypeError
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
 
@@ -68,9 +80,12 @@ class RecordError(RuntimeError):
 
 
 def record_cuda(step: Callable[[], tuple], generator: torch.Generator) -> tuple[Callable[[], None], tuple]:
-    """(replay, the tensors that each replay fills), on the current stream, not the default one. Recording runs nothing."""
+    """(replay, the tensors that each replay fills). Recording runs nothing.
+
+    It records on the current stream, which must not be the default one: there nothing can be recorded.
+    """
     graph = torch.cuda.CUDAGraph()
-    if torch.__version__ < (2, 14):                             # later ones find the generator themselves, and warn
+    if torch.__version__ < (2, 14):         # later versions find the generator themselves, and would warn
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         results = step()
@@ -84,11 +99,12 @@ class Graphed:
     generator   the random generator that the step draws from
     warm_up     calls that just run
     record      how to record: record_cuda, or the stand-in of the tests
-    Raises RecordError from the first call after the warm-up, if there is something in the step that no graph can hold;
-    torch.OutOfMemoryError as the step itself does.
+    The first call after the warm-up raises RecordError if there is something in the step that no graph can
+    hold, and torch.OutOfMemoryError where the step itself would.
     """
 
-    def __init__(self, step: Step, generator: torch.Generator, warm_up: int = 3, record: Callable = record_cuda):
+    def __init__(self, step: Step, generator: torch.Generator, warm_up: int = 3,
+                 record: Callable = record_cuda):
         self.step, self.generator, self.warm_up, self.record = step, generator, warm_up, record
         self.replay: Callable[[], None] | None = None
         self.stream: torch.cuda.Stream | None = None
@@ -103,19 +119,23 @@ class Graphed:
                 self.replay, self.results = self._aside(
                     lambda: self.record(lambda: self.step(self.argument), self.generator), argument.device)
             except RuntimeError as e:
-                first: BaseException = e                        # the end of a recording that failed complains once more
+                # Ending a recording that failed raises once more; the first error says what happened.
+                first: BaseException = e
                 while first.__context__:
                     first = first.__context__
                 if isinstance(first, torch.OutOfMemoryError):
                     raise first from None
-                raise RecordError(f"the step cannot be recorded as a CUDA graph: {str(first).splitlines()[0]}") from e
+                reason = str(first).splitlines()[0]
+                raise RecordError(f"the step cannot be recorded as a CUDA graph: {reason}") from e
         self.argument.copy_(argument)
         self.replay()
         return tuple(result.clone() for result in self.results)         # the next replay writes over them
 
     def _aside(self, call: Callable[[], tuple], device: torch.device) -> tuple:
-        """Run it on another stream than the default one, where nothing can be recorded; always the same one, as libraries keep
-        memory of their own for each stream."""
+        """Run it on a stream of its own, since nothing can be recorded on the default one.
+
+        It is always the same stream, since libraries keep memory of their own for each.
+        """
         if device.type != "cuda":
             return call()
         self.stream = self.stream or torch.cuda.Stream()

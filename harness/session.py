@@ -1,4 +1,4 @@
-"""A run from its folder to its exit status: what spares train.py every word about logs, signals, resuming and errors.
+"""A run from its folder to its exit status: logs, signals, resuming and errors, kept out of train.py.
 
     config.json             arguments, the command, versions, commit, device
     log.jsonl               one JSON object an epoch
@@ -15,9 +15,9 @@
             run.log(accuracy)
     sys.exit(run.status)
 
-Whatever ends the `with` block becomes one line on stderr and an exit status, but for errors of the project's own, which
-stay tracebacks. Ctrl-C and SIGTERM wait until the step is done. A run that was killed goes on from its last checkpoint;
-should that one be damaged, from the one before.
+Whatever ends the `with` block becomes one line on stderr and an exit status; only errors of the project's own
+stay tracebacks. Ctrl-C and SIGTERM wait until the step is done. A run that was killed goes on from its last
+checkpoint, or from the one before if the last is damaged.
 """
 from __future__ import annotations
 
@@ -48,9 +48,11 @@ import muon
 from harness import files, flags, graph, parallel, report, rulefile
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-CHECKPOINT_SECONDS = 30         # at least, between two of them: a fast GPU's epoch takes little longer than writing one
+# The least time between two checkpoints: on a fast GPU an epoch takes little longer than writing one.
+CHECKPOINT_SECONDS = 30
 DIVERGED = 3                    # exit status
-OF_THE_DEVICE = ("lr", "fused", "foreach", "capturable", "dtype")       # an optimiser's own, not from a checkpoint
+# What an optimiser keeps as it is here and does not take from a checkpoint.
+OF_THE_DEVICE = ("lr", "fused", "foreach", "capturable", "dtype")
 
 
 class Diverged(Exception):
@@ -62,7 +64,11 @@ class Stopped(Exception):
 
 
 class Run:
-    """See above. `status` is the exit status when the block is left; `folder` the run's, in the process that writes."""
+    """See above.
+
+    status      the exit status, once the block is left
+    folder      the run's folder, in the process that writes; None in the others
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.status, self.step = args, 0, 0
@@ -89,41 +95,48 @@ class Run:
             self._held.close()
         if reason and parallel.index() == 0:
             print(reason, file=sys.stderr)
-        parallel.stop(together=self.status in (0, DIVERGED))    # another status may be that of one process alone
+        # All processes end together with these two; any other status may be that of one process alone.
+        parallel.stop(together=self.status in (0, DIVERGED))
         return error is None or self.status != 0
 
     def _explain(self, error: BaseException) -> tuple[int, str]:
-        """Exit status and what is said; status 0 for an error that nobody expects, which goes on."""
+        """The exit status and what to say; status 0 for an unexpected error, which stays a traceback."""
         kept = f"; finished epochs are in {self.folder}" if self.folder else ""
         if isinstance(error, Stopped):
-            return self._signals.status, (f"stopped after step {self.step} of {self.steps}; go on with: python train.py "
-                                          f"--resume {self.folder}")
+            return self._signals.status, (f"stopped after step {self.step} of {self.steps}; "
+                                          f"go on with: python train.py --resume {self.folder}")
         if isinstance(error, Diverged):
             return DIVERGED, ""
         if isinstance(error, files.Problem | fa.HookError):
             return 2, f"train.py: {error}"
         if isinstance(error, BrokenPipeError):                  # `python train.py | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains once more in the end
+            # Without this Python complains once more when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141, f"train.py: nobody reads the output any more{kept}"
         if isinstance(error, graph.RecordError):
             return 2, f"train.py: {error}; add --no-graph"
         if isinstance(error, torch.OutOfMemoryError):
-            return 2, (f"train.py: the GPU's memory is full: {str(error).split('. ')[0]}; choose a smaller --batch-size or "
-                       f"--width{kept}")
+            return 2, (f"train.py: the GPU's memory is full: {str(error).split('. ')[0]}; "
+                       f"choose a smaller --batch-size or --width{kept}")
         if isinstance(error, KeyboardInterrupt):
-            return 130, f"train.py: stopped {f'at once{kept}' if kept else 'before the run began'}"
-        reason = rulefile.explain(error, self.args.rule)        # of a rule out of anybody's file
+            when = f"at once{kept}" if kept else "before the run began"
+            return 130, f"train.py: stopped {when}"
+        reason = rulefile.explain(error, self.args.rule)        # if it comes from a user's own rule
         return (2, f"train.py: {reason}{kept}") if reason else (0, "")
 
     def say(self, text: str) -> None:
         if parallel.index() == 0:
             print(text, flush=True)
 
-    # ---- before the first step -----------------------------------------------------------------------------------
+    # ---- before the first step -----------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, handle: fa.Attachment, optimisers: list[tuple[torch.optim.Optimizer, float]],
+    def begin(self, model: nn.Module, handle: fa.Attachment,
+              optimisers: list[tuple[torch.optim.Optimizer, float]],
               generator: torch.Generator, recording: Any, dataset: data.Dataset) -> None:
-        """Make the run's folder, or open the one to go on with; until the end no other process can. Raises Problem."""
+        """Make the run's folder, or open the one to go on with. Raises Problem.
+
+        No other process can open the folder until the run ends.
+        """
         args = self.args
         self.model, self.handle, self.generator, self.recording = model, handle, generator, recording
         self._parts = model, handle, [optimiser for optimiser, _ in optimisers], generator, recording
@@ -141,21 +154,22 @@ class Run:
         else:
             self.feedback = handle.digest()
         if speaks:
-            self._open(state, damage, {"digest": digest, "train_images": len(dataset.train_images) + (args.validate or 0)},
-                       header(args, model, optimisers, dataset))
+            saw = {"digest": digest, "train_images": len(dataset.train_images) + (args.validate or 0)}
+            self._open(state, damage, saw, header(args, model, optimisers, dataset))
         self._signals = self._held.enter_context(Signals(listen=parallel.size() == 1))
         self._kept = time.perf_counter()                        # when the last checkpoint was written
 
     def _open(self, state: dict | None, damage: str, saw: dict, head: str) -> None:
-        """The folder and its config.json; and the first words."""
+        """Make or open the folder, write its config.json, and say the first words."""
         args = self.args
         self.folder = args.resume if args.resume and not args.out else create(args.out, name(args))
         if self.folder != args.resume:
             self._held.enter_context(files.claim(self.folder))
-        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        on_gpu = args.device.type == "cuda"
+        device = torch.cuda.get_device_name(args.device) if on_gpu else f"{os.cpu_count()} CPU cores"
         here = {"device": device, "processes": parallel.size(), **provenance()}
         config = {"version": flags.VERSION, "data": saw, **here}
-        if args.resume:                                         # what it began with, and each going on
+        if args.resume:                                         # how it began, and each time it went on
             config = flags.read_config(args.resume)
             config["resumed"] = [*config.get("resumed", []), {"step": self.step, **here}]
         files.write_json(self.folder / flags.CONFIG, {**config, "args": flags.settings(args)})
@@ -164,22 +178,24 @@ class Run:
             return
         if damage:
             self.say(f"{damage}; going on from the one before")
-            if not args.out:                                    # so that two good ones are kept again after the next
+            # In the damaged one's place, so that the next checkpoint keeps this good one as its previous.
+            if not args.out:
                 os.replace(args.resume / PREVIOUS, args.resume / CHECKPOINT)
         if args.epochs != args.saved["epochs"]:
-            self.say(f"--epochs is {args.epochs} and was {args.saved['epochs']}: from here on the learning rates follow the "
-                     "new cosine")
+            self.say(f"--epochs is {args.epochs} and was {args.saved['epochs']}: "
+                     "from here on the learning rates follow the new cosine")
         if state and state["device"] != args.device.type:
-            self.say(f"on {args.device.type}, begun on {state['device']}: from here on order and augmentation are drawn anew")
+            self.say(f"on {args.device.type}, begun on {state['device']}: "
+                     "from here on order and augmentation are drawn anew")
         self.say(f"going on after step {self.step} of {self.steps}, epoch {len(self.lines)} of {args.epochs}")
         files.write_lines(self.folder / "log.jsonl", self.lines)
         if args.rank:
             files.write_lines(self.folder / "rank.jsonl", self.ranks)
 
-    # ---- the training --------------------------------------------------------------------------------------------
+    # ---- the training --------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left; then the last words and the picture."""
+        """The epochs that are left; after the last of them come the last words and the picture."""
         self._began, self._first = time.perf_counter(), len(self.lines)
         if self.args.rank and not self.ranks:
             self._record(0)
@@ -189,18 +205,19 @@ class Run:
         self._end()
 
     def batches(self, count: int, size: int) -> Iterator[Tensor]:
-        """Which of `count` images are in each batch of this epoch; of an epoch that was interrupted, in those that are left."""
-        self._epoch = self._interrupted or {"order": self.generator.get_state(), "losses": [], "correct": 0, "seen": 0}
+        """Which of `count` images each batch of this epoch holds; if it was interrupted, the batches left."""
+        self._epoch = self._interrupted or {"order": self.generator.get_state(),
+                                            "losses": [], "correct": 0, "seen": 0}
         now = self.generator.get_state()
-        self.generator.set_state(self._epoch["order"])          # the same order again, of which a part may be done
+        self.generator.set_state(self._epoch["order"])      # the same order again; part of it may be done
         chosen = list(data.indices(count, size, self.generator))
         if self._interrupted:
             self.generator.set_state(now)
         self._losses, self._largest = list(self._epoch["losses"]), []
         self._interrupted = None
         done, number = len(self._losses), len(self.lines) + 1
-        for batch in tqdm(chosen[done:], f"epoch {number}/{self.args.epochs}", len(chosen), initial=done, leave=False,
-                          unit="step", disable=parallel.index() > 0 or None):
+        for batch in tqdm(chosen[done:], f"epoch {number}/{self.args.epochs}", len(chosen), initial=done,
+                          leave=False, unit="step", disable=parallel.index() > 0 or None):
             self._epoch["seen"] += len(batch)
             yield batch
 
@@ -209,7 +226,7 @@ class Run:
         return self.step / self.steps
 
     def saw(self, loss: Tensor, correct: Tensor, largest: Tensor) -> None:
-        """What came of a step. Raises Diverged for a number that is not finite, and Stopped when the user asked for it."""
+        """Note what a step gave. Raises Diverged at a number not finite, Stopped after Ctrl-C or SIGTERM."""
         self.step += 1
         self._losses.append(loss)
         self._largest.append(largest)
@@ -228,20 +245,22 @@ class Run:
             raise Stopped
 
     def log(self, accuracy: float) -> None:
-        """Write and say what this epoch came to. Raises Stopped when the user asked for it."""
+        """Write and say what this epoch came to. Raises Stopped after Ctrl-C or SIGTERM."""
         epoch, loss = len(self.lines) + 1, parallel.mean(torch.stack(self._losses)).mean().item()
         correct = parallel.total(self._epoch["correct"]).item()
         self._write({"epoch": epoch, "diverged": False, "step": self.step, "train_loss": loss,
                      "train_accuracy": correct / self._epoch["seen"], "test_accuracy": accuracy})
         if self.args.rank and (epoch % self.args.rank == 0 or epoch == self.args.epochs):
             self._record(epoch)
-        stop = self._signals.status                             # asked once: it may come at any moment
+        stop = self._signals.status                             # read once: a signal may come at any moment
         if stop or epoch == self.args.epochs or time.perf_counter() - self._kept >= CHECKPOINT_SECONDS:
             self._checkpoint()
-        line, left = self.lines[-1], self.args.epochs - epoch
-        left *= (time.perf_counter() - self._began) / (epoch - self._first)
-        self.say(f"epoch {epoch:3}/{self.args.epochs}  loss {loss:7.4f}  train {line['train_accuracy']:6.1%}  "
-                 f"{measured(self.args)} {accuracy:6.1%}  {line['seconds']:6.1f} s  {report.span(left)} left")
+        line = self.lines[-1]
+        seconds_an_epoch = (time.perf_counter() - self._began) / (epoch - self._first)
+        left = (self.args.epochs - epoch) * seconds_an_epoch
+        self.say(f"epoch {epoch:3}/{self.args.epochs}  loss {loss:7.4f}  "
+                 f"train {line['train_accuracy']:6.1%}  {measured(self.args)} {accuracy:6.1%}  "
+                 f"{line['seconds']:6.1f} s  {report.span(left)} left")
         if stop and epoch < self.args.epochs:
             raise Stopped
 
@@ -257,19 +276,21 @@ class Run:
             files.write_lines(self.folder / "rank.jsonl", self.ranks)
 
     def _diverge(self, which: int) -> None:
-        """Write and say at which of the last steps which number was not finite."""
-        step, what = self.step - len(self._largest) + which + 1, culprit(parallel.mean(self._largest[which]), self.model)
+        """Write and say which number was not finite, and at which of the last steps."""
+        step = self.step - len(self._largest) + which + 1
+        what = culprit(parallel.mean(self._largest[which]), self.model)
         self._write({"epoch": len(self.lines) + 1, "diverged": True, "step": step, "train_loss": None,
                      "train_accuracy": None, "not_finite": what, "test_accuracy": None})
         self._draw()
-        self.say(f"diverged: at step {step} (epoch {len(self.lines)}) {what} is not finite; a lower --lr, --norm or --muon "
-                 f"may help · {self.folder}")
+        self.say(f"diverged: at step {step} (epoch {len(self.lines)}) {what} is not finite; "
+                 f"a lower --lr, --norm or --muon may help · {self.folder}")
         raise Diverged
 
     def _end(self) -> None:
         self._draw()
         last = self.lines[-1]
-        self.say(f"final {measured(self.args)} accuracy {last['test_accuracy']:.1%} (epoch {last['epoch']}, the last) · "
+        self.say(f"final {measured(self.args)} accuracy {last['test_accuracy']:.1%} "
+                 f"(epoch {last['epoch']}, the last) · "
                  f"{report.span(time.perf_counter() - self._began)} · {self.folder}")
 
     def _draw(self) -> None:
@@ -278,38 +299,40 @@ class Run:
             heading = f"{title(self.args)} · {self.args.model} · {self.args.dataset} · seed {self.args.seed}"
             report.picture(path, lambda: report.curves(path, self.lines, heading, self.classes))
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
-        """Raises Problem if the rule changed its feedback weights and does not say so."""
+        """Write a checkpoint. Raises Problem if the rule changed its feedback weights and does not say so."""
         now = self.handle.digest()
         if self.feedback and self.feedback != now and not self.handle.rule.learns:
-            raise files.Problem(f"{self.args.rule}: the feedback weights have changed since the run began; expected a rule "
-                                "that leaves them alone, or says learns = True")
+            raise files.Problem(f"{self.args.rule}: the feedback weights have changed since the run began; "
+                                "expected a rule that leaves them alone, or says learns = True")
         self.feedback, self._kept = now, time.perf_counter()
         if self.folder:
-            state = {"identity": self.identity, "device": self.args.device.type, "log": self.lines, "ranks": self.ranks,
-                     "spent": self.spent, "feedback": now, "step": self.step, "interrupted": self._interrupted,
+            state = {"identity": self.identity, "device": self.args.device.type,
+                     "log": self.lines, "ranks": self.ranks, "spent": self.spent,
+                     "feedback": now, "step": self.step, "interrupted": self._interrupted,
                      **gather(*self._parts)}
             files.write_tensors(self.folder / CHECKPOINT, state, keep=self.folder / PREVIOUS)
 
     def _load(self, state: dict) -> None:
         """Go on from a checkpoint. Raises Problem, saying what differs, if it is not one of this run."""
         args, theirs = self.args, state.get("identity", {})
-        other = [f"{key} {theirs.get(key)} and not {value}" for key, value in self.identity.items() if theirs.get(key) != value]
+        other = [f"{key} {theirs.get(key)} and not {value}" for key, value in self.identity.items()
+                 if theirs.get(key) != value]
         if other:
             raise files.Problem(f"the checkpoint is not this run's; it was made with {', '.join(other)}")
         if state["interrupted"] and state["device"] != args.device.type:
-            raise files.Problem(f"the run was stopped within an epoch on a {state['device']} device, and can go on within it "
-                                f"only on such a device, not on {args.device.type}")
+            raise files.Problem(f"the run was stopped within an epoch on a {state['device']} device, "
+                                f"and can go on within it only on such a device, not on {args.device.type}")
         if state["step"] > self.steps:
-            raise files.Problem(f"the run has made {state['step']} steps already, and --epochs {args.epochs} are "
-                                f"{self.steps}; give more epochs")
+            raise files.Problem(f"the run has made {state['step']} steps already, "
+                                f"and --epochs {args.epochs} are {self.steps}; give more epochs")
         try:
             restore(state, *self._parts)
         except (RuntimeError, ValueError, KeyError) as e:
             raise files.Problem(f"the checkpoint does not fit the network: {str(e)[:300]}") from e
-        if state["device"] != args.device.type:                 # a generator of another kind of device cannot go on
+        if state["device"] != args.device.type:                 # the other's generator cannot go on here
             self.generator.manual_seed(args.seed + state["step"])
         self._interrupted = state["interrupted"] and {
             key: value.to(args.device) if isinstance(value, Tensor) and key != "order" else value
@@ -320,9 +343,9 @@ class Run:
             raise files.Problem("the checkpoint's feedback weights are not those that the run began with")
 
 
-def gather(model: nn.Module, handle: fa.Attachment, optimisers: list[torch.optim.Optimizer], generator: torch.Generator,
-           recording: Any) -> dict:
-    """All that the rest of a training depends on."""
+def gather(model: nn.Module, handle: fa.Attachment, optimisers: list[torch.optim.Optimizer],
+           generator: torch.Generator, recording: Any) -> dict:
+    """All that the rest of the training depends on."""
     return {"model": model.state_dict(), "rule": handle.rule.state_dict(), "generator": generator.get_state(),
             "optimisers": [o.state_dict() for o in optimisers], "torch_generator": torch.get_rng_state(),
             "recording": recording and recording.state_dict()}
@@ -330,10 +353,11 @@ def gather(model: nn.Module, handle: fa.Attachment, optimisers: list[torch.optim
 
 def restore(state: dict, model: nn.Module, handle: fa.Attachment, optimisers: list[torch.optim.Optimizer],
             generator: torch.Generator, recording: Any) -> None:
-    """The way back from `gather`. Raises RuntimeError, ValueError or KeyError for the state of another network."""
+    """Undo `gather`. Raises RuntimeError, ValueError or KeyError for the state of another network."""
     model.load_state_dict(state["model"])
     for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-        ours = [{key: group[key] for key in OF_THE_DEVICE if key in group} for group in optimiser.param_groups]
+        ours = [{key: group[key] for key in OF_THE_DEVICE if key in group}
+                for group in optimiser.param_groups]
         optimiser.load_state_dict(saved)
         for group, own in zip(optimiser.param_groups, ours):
             group.update(own)                                   # lr: the tensor that a CUDA graph reads
@@ -346,9 +370,10 @@ def restore(state: dict, model: nn.Module, handle: fa.Attachment, optimisers: li
 
 
 def read_checkpoint(folder: Path) -> tuple[dict | None, str]:
-    """(the state, what went wrong): the last checkpoint, or if it is damaged the one before, or None if there is none yet.
+    """(state, what went wrong) of the last checkpoint, or of the one before if the last is damaged.
 
-    Raises Problem if none of those that are there can be read. Nothing in them is executed.
+    The state is None if there is no checkpoint yet. Raises Problem if there are some and none can be read.
+    Nothing in them is executed.
     """
     said = []
     for path in (folder / CHECKPOINT, folder / PREVIOUS):
@@ -361,14 +386,16 @@ def read_checkpoint(folder: Path) -> tuple[dict | None, str]:
             except files.Problem as e:
                 said.append(str(e))
     if said:
-        raise files.Problem(f"{'; '.join(said)}: there is nothing to go on from; start the run again with another --out")
+        raise files.Problem(f"{'; '.join(said)}: there is nothing to go on from; "
+                            "start the run again with another --out")
     return None, ""
 
 
 def create(folder: str | os.PathLike | None, name: str) -> Path:
     """Make an empty run folder: `folder`, or runs/<name>, or runs/<name>-2, ... where that is taken.
 
-    Raises Problem if it cannot be made, or if `folder` already holds something: runs are evidence and are not written over.
+    Raises Problem if it cannot be made, or if `folder` already holds something: runs are evidence, and none
+    is written over.
     """
     path = Path(folder) if folder is not None else Path("runs") / name
     try:
@@ -378,33 +405,36 @@ def create(folder: str | os.PathLike | None, name: str) -> Path:
             if not any(path.iterdir()):
                 return path
             again = f", or go on with it by --resume {path}" if (path / flags.CONFIG).exists() else ""
-            raise files.Problem(f"{path} is not empty, and a run never writes over another; choose a new --out{again}")
+            raise files.Problem(f"{path} is not empty, and a run never writes over another; "
+                                f"choose a new --out{again}")
         for number in range(2, 1_000_000):
-            with contextlib.suppress(FileExistsError):          # of two runs started at once, one gets the name
+            with contextlib.suppress(FileExistsError):          # if two runs start at once, one gets the name
                 path.parent.mkdir(exist_ok=True)
                 path.mkdir()
                 return path
             path = path.with_name(f"{name}-{number}")
     except OSError as e:
-        raise files.Problem(f"cannot make the run folder {path}: {e.strerror or e}; choose another --out") from e
+        raise files.Problem(f"cannot make the run folder {path}: {e.strerror or e}; "
+                            "choose another --out") from e
     raise files.Problem(f"there are a million runs called {name}; choose an --out")
 
 
-# ---- signals, and numbers that are not finite ----------------------------------------------------------------------
+# ---- signals, and numbers that are not finite --------------------------------------------------------------
 
 class Signals:
-    """Defers Ctrl-C and SIGTERM to the end of the step: ask for `status` then. A second Ctrl-C is obeyed at once.
+    """Defers Ctrl-C and SIGTERM to the end of the step: read `status` then. A second Ctrl-C acts at once.
 
     status      0, or 128 + the signal's number, which is what a shell expects a process to end with
-    listen      False for several processes: each would stop after another step, and the others wait for it
+    listen      False for several processes: they would stop after different steps and wait for each other
     """
 
     def __init__(self, listen: bool = True) -> None:
         self.status, self.listen = 0, listen
 
     def __enter__(self) -> Signals:
-        # Python tells no other thread of signals.
-        asked = (signal.SIGINT, signal.SIGTERM) if self.listen and threading.current_thread() is threading.main_thread() else ()
+        # Python lets only the main thread handle signals.
+        hears = self.listen and threading.current_thread() is threading.main_thread()
+        asked = (signal.SIGINT, signal.SIGTERM) if hears else ()
         self._before = {number: signal.signal(number, self._remember) for number in asked}
         return self
 
@@ -420,30 +450,35 @@ class Signals:
 
 @torch.no_grad()
 def largest(loss: Tensor, model: nn.Module) -> Tensor:
-    """The loss, and the largest absolute value of each gradient and each weight: not finite where one of them is not."""
+    """The loss, and the largest absolute value of each gradient and weight: not finite if an entry is not."""
     trained = [p for p in model.parameters() if p.grad is not None]
     return torch.stack([loss, *torch._foreach_norm([p.grad for p in trained] + trained, math.inf)])
 
 
 def culprit(largest: Tensor, model: nn.Module) -> str:
-    """What was not finite first. An error goes from the last layer to the first, so it is the last of the gradients."""
+    """What was not finite first: of several tensors the last, since backward begins at the last layer."""
     trained = [name for name, p in model.named_parameters() if p.grad is not None]
     loss, gradients, weights = largest.isfinite().tensor_split([1, 1 + len(trained)])
     if not loss:
         return "the loss"
     of, finite = ("gradient", gradients) if not gradients.all() else ("update", weights)
-    return f"the {of} of {[name for name, good in zip(trained, finite.tolist()) if not good][-1]}"
+    bad = [name for name, good in zip(trained, finite.tolist()) if not good]
+    return f"the {of} of {bad[-1]}"
 
 
 def each_in_one(model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> None:
-    """Raise RuntimeError unless each parameter is in exactly one optimiser: in two it would move twice, in none not at all."""
-    owned = Counter(p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"])
+    """Raise RuntimeError unless each parameter is in exactly one optimiser.
+
+    In two it would move twice, in none not at all.
+    """
+    owned = Counter(p for optimiser in optimisers for group in optimiser.param_groups
+                    for p in group["params"])
     wrong = [name for name, p in model.named_parameters() if owned[p] != 1]
     if wrong:
         raise RuntimeError(f"not in exactly one optimiser: {', '.join(wrong)}")
 
 
-# ---- words ---------------------------------------------------------------------------------------------------------
+# ---- words -------------------------------------------------------------------------------------------------
 
 def measured(args: argparse.Namespace) -> str:
     return "held-out" if args.validate else "test"
@@ -457,14 +492,22 @@ def speak_anywhere() -> None:
 
 
 def name(args: argparse.Namespace) -> str:
-    """Of the run's folder."""
-    return "-".join([rulefile.name(args.rule), *["muon"] * args.muon, *[args.norm] * bool(args.norm),
-                     Path(args.dataset).resolve().name, args.model, f"s{args.seed}"])
+    """The name of the run's folder, unless --out gives another."""
+    parts = [rulefile.name(args.rule)]
+    if args.muon:
+        parts.append("muon")
+    if args.norm:
+        parts.append(args.norm)
+    parts += [Path(args.dataset).resolve().name, args.model, f"s{args.seed}"]
+    return "-".join(parts)
 
 
 def title(args: argparse.Namespace) -> str:
-    parts = [rulefile.name(args.rule), "muon" if args.muon else "", f"{args.norm} norm" if args.norm else "no norm",
-             f"updates cut to rank {args.cut}" if args.cut else "", "flattened updates" if args.flatten else ""]
+    parts = [rulefile.name(args.rule),
+             "muon" if args.muon else "",
+             f"{args.norm} norm" if args.norm else "no norm",
+             f"updates cut to rank {args.cut}" if args.cut else "",
+             "flattened updates" if args.flatten else ""]
     return " + ".join(part for part in parts if part)
 
 
@@ -474,30 +517,35 @@ def header(args: argparse.Namespace, model: nn.Module, optimisers: list[tuple[to
     count = sum(p.numel() for p in model.parameters())
     images = (f"{args.subset or len(dataset.train_images):,} + {len(dataset.test_images):,}"
               f"{' held-out' if args.validate else ''} images")
-    where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
+    on_gpu = args.device.type == "cuda"
+    where = torch.cuda.get_device_name(args.device) if on_gpu else "cpu"
     where += f", {parallel.size()} processes" if parallel.size() > 1 else ""
-    precision = "bf16 autocast" if args.amp else "float32, no TF32" if args.device.type == "cuda" else "float32"
-    lines = [f"{title(args)} · {args.model}, {count:,} parameters · {args.dataset}, {images} · {where} ({args.device_reason}), "
-             f"{precision} ({args.amp_reason}){', steps in a CUDA graph' if args.graph else ''}"]
+    float32 = "float32, no TF32" if on_gpu else "float32"
+    precision = "bf16 autocast" if args.amp else float32
+    lines = [f"{title(args)} · {args.model}, {count:,} parameters · {args.dataset}, {images} · "
+             f"{where} ({args.device_reason}), {precision} ({args.amp_reason})"
+             f"{', steps in a CUDA graph' if args.graph else ''}"]
     for optimiser, rate in optimisers:
         tensors = [p for group in optimiser.param_groups for p in group["params"]]
-        what = "Muon, {}: {} hidden matrices" if isinstance(optimiser, muon.Muon) else "Nesterov SGD, {}: {} tensors"
-        lines.append(f"{what.format(f'learning rate {rate:g}', len(tensors))}, {sum(p.numel() for p in tensors):,} weights")
+        is_muon = isinstance(optimiser, muon.Muon)
+        kind, what = ("Muon", "hidden matrices") if is_muon else ("Nesterov SGD", "tensors")
+        weights = sum(p.numel() for p in tensors)
+        lines.append(f"{kind}, learning rate {rate:g}: {len(tensors)} {what}, {weights:,} weights")
     return "\n".join(lines)
 
 
 def provenance() -> dict:
-    """What a number depends on beside the arguments: command, versions, commit (None outside a git checkout)."""
+    """What numbers depend on besides the arguments: command, commit (None outside a checkout), versions."""
     return {"command": " ".join(sys.argv), "commit": commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
 def commit() -> str | None:
-    """Of the project, with "+changes" where one of its Python files differs from it."""
+    """The project's commit, with "+changes" if one of the Python files differs from it."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+changes" if changed else "")
+    return head.stdout.strip() + ("+changes" if changed else "")
