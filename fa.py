@@ -49,6 +49,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import BackwardHook
 
@@ -579,7 +580,7 @@ UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do 
               "code may ignore hooks, and then the rule is silently backprop")
 
 
-@torch.compiler.disable                                 # so it is not compiled, but called
+@_disable_dynamo                    # called, not compiled; torch.compiler.disable would import the compiler
 def _refuse_to_compile() -> None:
     raise RuntimeError(f"a model with a feedback rule was given to torch.compile: {UNCOMPILED}")
 
