@@ -92,12 +92,10 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
 
 def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
     """Zeros put before and after one spatial axis."""
-    if layer.padding == "valid":
-        return 0, 0
     if layer.padding == "same":
         total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
         return total // 2, total - total // 2
-    return layer.padding[axis], layer.padding[axis]
+    return (0, 0) if layer.padding == "valid" else (layer.padding[axis],) * 2
 
 
 # ---- a rule ------------------------------------------------------------------------------------------------
@@ -134,11 +132,9 @@ class Rule:
         """Called for each hidden layer before the optimiser's step, for feedback that learns."""
 
     def draw(self, layer: Layer) -> Tensor:
-        """A tensor like layer.weight, drawn by the same initialiser, on the CPU: the same numbers on every
-        device (but for rounding where `orthogonal` needs an SVD).
-
-        The initialiser is `layer.initialise(tensor, generator=...)` where the model says one, else torch's
-        default for Linear and Conv2d: uniform in ±1/√fan_in.
+        """A tensor like layer.weight, drawn on the CPU by the same initialiser: `layer.initialise(tensor,
+        generator=...)` where the model says one, else torch's default for Linear and Conv2d, uniform in
+        ±1/√fan_in. The same numbers on every device, but for rounding where `orthogonal` needs an SVD.
         """
         drawn = self._draw(layer.weight.shape, getattr(layer, "initialise", _torch_default))
         return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)     # its device and dtype
@@ -147,21 +143,18 @@ class Rule:
         drawn = initialise(torch.empty(shape), generator=self.generator)
         return self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What to remember when a run stops: the generator, and all attributes but those named _so."""
-        kept = {key: value for key, value in vars(self).items() if not key.startswith("_")}
-        return {**kept, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-        vars(self).update({**state, "generator": self.generator})
-
-    def __getstate__(self) -> dict[str, Any]:   # no generator can be sent to another process
+    def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to a process
         return {**vars(self), "generator": bytes(self.generator.get_state().tolist())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, generator=torch.Generator())
         self.generator.set_state(torch.tensor(list(state["generator"]), dtype=torch.uint8))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to remember when a run stops: the generator, and all attributes but those named _so."""
+        return {key: value for key, value in self.__getstate__().items() if not key.startswith("_")}
+
+    load_state_dict = __setstate__
 
 
 def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -189,8 +182,9 @@ class FA(Rule):
 # ---- the hook ----------------------------------------------------------------------------------------------
 
 class _Cut:
-    """Mixed into the class of each layer that has a rule: its forward, with the true path cut and the hook
-    inside. Inside, so that the hook sees the whole error at the output, whatever forward hooks make of it.
+    """Mixed into the class of each layer that has a rule: its forward, the true path cut, the hook inside.
+
+    Inside, so that the hook sees the whole error at the output, whatever forward hooks make of that output.
     """
 
     def forward(self: Any, input: Tensor) -> Tensor:
@@ -255,15 +249,13 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
     the first Linear or Conv2d that the model registered; give the layers, or their names, if that is wrong,
     or () where even the data needs a gradient. The model is changed in place; with `bp` it is not changed.
 
-    Layers of other types that carry the error by weights, such as ConvTranspose2d, keep exact backprop, and
-    so do subclasses of Linear and Conv2d whose forward is their own; a warning names them. Activations with
-    inplace=True are set to False until `remove`, as a layer's output must stay as it was; torch refuses
-    y += x and F.relu_ on it.
+    Layers of other types that carry the error by weights, and subclasses of Linear and Conv2d whose forward
+    is their own, keep exact backprop; a warning names them. Activations with inplace=True are set to False
+    until `remove`, as a layer's output must stay as it was; torch refuses y += x and F.relu_ on it.
 
-    Raises TypeError if `rule` is no instance of Rule, and ValueError if a layer already has a rule or cannot
-    be projected through, the stem is no layer of the model, or the model is compiled; the model is then
-    untouched. Attach before DistributedDataParallel, before the optimiser is made, and after loading a
-    checkpoint that was saved without a rule.
+    Attach before DistributedDataParallel, before the optimiser is made, and after loading a checkpoint saved
+    without a rule. Raises TypeError if `rule` is no instance of Rule, and ValueError if a layer already has a
+    rule or cannot be projected through, the stem is no layer of the model, or the model is compiled.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"attach takes an instance of a rule, such as fa.FA(seed=0), not {rule!r:.80}")
@@ -288,10 +280,9 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
 
 
 class Attachment:
-    """The handle that `attach` returns. `copy.deepcopy((model, handle))` copies both, belonging together.
+    """The handle that `attach` returns, with `rule`, and `layers` by name, those that the rule goes through.
 
-    rule      the rule
-    layers    name -> layer, those that the rule carries the error through
+    `copy.deepcopy((model, handle))` copies both, belonging together.
     """
 
     def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: list[Layer]):
@@ -424,9 +415,8 @@ class DFA(Rule):
             layer.feedback = self._draw(wanted, _torch_default).to(layer.weight)
         if input_shape[:axes] != self._batch or layer.feedback.shape != wanted:
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
-                            f"{tuple(layer.feedback.shape)}, which do not fit an output's error of shape "
-                            f"{tuple(self._error.shape)}; expected the batch on the first axis, and always "
-                            "the same units")
+                            f"{tuple(layer.feedback.shape)}; the output's error has {tuple(self._error.shape)}; "
+                            "expected the batch on the first axis, and always the same units")
         return (self._error @ layer.feedback.to(error.dtype)).reshape(input_shape)
 
 

@@ -153,7 +153,7 @@ def claim(folder: Path) -> Iterator[list[int]]:
 
 
 def lock(path: Path) -> FileLock:
-    """For `with`: one process at a time makes the file at `path`. Raises OSError where no lock can be made."""
+    """For `with`: one process at a time makes the file at `path`. Raises OSError if no lock can be."""
     beside = path.with_name(f".{path.name}.lock")
     beside.touch()                                              # or FileLock would wait there for ever
     return FileLock(beside)

@@ -177,7 +177,7 @@ def test_download_then_cache_then_no_network(archive, tmp_path):
 def test_of_two_processes_one_downloads_and_the_other_waits(archive, tmp_path, monkeypatch):
     root, waits = tmp_path / "data", threading.Event()
 
-    class Lock(cache.FileLock):
+    class Lock(files.FileLock):
         def __enter__(self):
             waits.set()
             return super().__enter__()
@@ -185,7 +185,7 @@ def test_of_two_processes_one_downloads_and_the_other_waits(archive, tmp_path, m
     archive.server.go_on.clear()
     process = child(archive, root)
     archive.until_half_is_sent()
-    monkeypatch.setattr(cache, "FileLock", Lock)
+    monkeypatch.setattr(files, "FileLock", Lock)
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load, root)
         came = waits.wait(60)
@@ -218,7 +218,7 @@ def test_a_cache_is_read_where_nothing_can_be_written_or_locked(archive, tmp_pat
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "FileLock", None)
+        patch.setattr(files, "FileLock", None)
         assert same(load(root), expected)
     failing(tmp_path / "new" / "data", "cannot use .*cifar100.pt: No locks available; choose another folder")
 
