@@ -415,7 +415,7 @@ class DFA(Rule):
             layer.feedback = self._draw(wanted, _torch_default).to(layer.weight)
         if input_shape[:axes] != self._batch or layer.feedback.shape != wanted:
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
-                            f"{tuple(layer.feedback.shape)}; the output's error has {tuple(self._error.shape)}; "
+                            f"{tuple(layer.feedback.shape)}; the output's error {tuple(self._error.shape)}; "
                             "expected the batch on the first axis, and always the same units")
         return (self._error @ layer.feedback.to(error.dtype)).reshape(input_shape)
 
