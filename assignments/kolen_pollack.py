@@ -23,8 +23,7 @@ class MyRule(fa.FA):
 
     def prepare(self, layer):
         """Called once for each hidden layer, before training."""
-        raise NotImplementedError("make layer.feedback a parameter (the optimiser then updates it), drawn by "
-                                  "self.draw(layer)")
+        raise NotImplementedError("make layer.feedback a parameter, drawn by self.draw(layer)")
 
     def before_step(self, layer):
         """Called for each hidden layer after the backward pass, before the optimiser's step."""

@@ -96,6 +96,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(lr, status, last, tmp_pa
     assert err == b"cannot draw run/curves.png: ImportError: built for another machine\n"
 
 
+@pytest.mark.slow
 def test_an_experiments_table_does_not_need_its_picture(tmp_path, no_matplotlib):
     process = start(tmp_path, "quick", "--set", "epochs=1", "subset=64", "width=2", "--out", "mine",
                     script="reproduce.py", **no_matplotlib)

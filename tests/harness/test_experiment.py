@@ -106,27 +106,7 @@ def test_only_what_is_missing_is_run(tiny, monkeypatch):
     assert len((tiny / "results" / "tiny.jsonl").read_text().splitlines()) == 10
 
 
-def test_killed_half_way_and_resumed(tmp_path):
-    command = [sys.executable, str(ROOT / "reproduce.py"), "quick", "--out", "mine", "--device", "cpu",
-               "--set", "epochs=1", "subset=320", "width=2"]
-    results = tmp_path / "mine" / "quick.jsonl"
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not results.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)                         # in the second of three runs
-    assert process.wait() == -signal.SIGKILL
-    first = results.read_text()
-    assert first.count("\n") == 1 and not (tmp_path / "mine" / "quick.png").exists()
-    again = subprocess.run([*command, "--jobs", "2"], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0 and "1 of 3 runs are in mine/quick.jsonl already" in again.stdout
-    assert results.read_text().startswith(first) and results.read_text().count("\n") == 3
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert {line["label"] for line in lines} == {"backprop", "FA", "FA + Muon + norm"} and all(
-        "rank" in line for line in lines
-    )
-
-
+@pytest.mark.slow
 def test_a_run_killed_in_its_middle_goes_on_there(tmp_path, monkeypatch):
     command = [sys.executable, str(ROOT / "reproduce.py"), "quick", "--out", "mine", "--device", "cpu",
                "--jobs", str(os.cpu_count()), "--set", "epochs=40", "subset=64", "width=2",

@@ -249,7 +249,7 @@ def test_a_cache_that_cannot_be_kept_is_done_without(tree, monkeypatch, capsys, 
     assert str(path) in err[0] and err[0].endswith("; the next run decodes the images again")
     assert len(decoded) == 4 and path.read_bytes() == old and beside(tree) == {"my images", "my images.32.pt"}
     images(tree)
-    monkeypatch.setattr(folder, "FileLock", None)               # a cache that is good is read without a lock
+    monkeypatch.setattr(files, "FileLock", None)               # a cache that is good is read without a lock
     images(tree)
 
 
@@ -283,12 +283,12 @@ def test_of_two_processes_one_decodes_and_the_other_waits(tree, monkeypatch, dec
     assert process.stdout.readline() == "decoding\n"
     waits = threading.Event()
 
-    class Lock(folder.FileLock):
+    class Lock(files.FileLock):
         def __enter__(self):
             waits.set()
             return super().__enter__()
 
-    monkeypatch.setattr(folder, "FileLock", Lock)
+    monkeypatch.setattr(files, "FileLock", Lock)
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(images, tree)
         came = waits.wait(60)

@@ -7,6 +7,8 @@ import time
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 GRADER = [sys.executable, "-m", "pytest", ROOT / "tests" / "test_rule_contract.py", "-p", "no:cacheprovider"]
 HEAD = "import fa, torch\nfrom torch import nn\nclass MyRule(fa.FA):\n"
 PREPARE = "    def prepare(self, layer):\n        "
@@ -153,7 +155,7 @@ def test_the_assignment_is_graded_against_the_reference(tmp_path):
     scores = {"a_stub": " 0 of 12", "b_solved": "12 of 12", "c_fixed": "11 of 12", "d_still": "11 of 12"}
     for name, score in scores.items():
         assert f"{score}  {tmp_path}/{name}.py:MyRule" in report, report
-    assert "a_stub.py, line 25, in prepare: NotImplementedError: make layer.feedback a parameter" in report
+    assert "a_stub.py, line 26, in prepare: NotImplementedError: make layer.feedback a parameter" in report
     assert "2.feedback, 4.feedback, 6.feedback, 8.feedback: no parameters of the model" in report
     assert "after 5 steps 0.weight differs from what it is under kp, by" in report
 

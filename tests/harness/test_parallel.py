@@ -11,6 +11,8 @@ from conftest import ROOT
 import train
 from harness import parallel
 
+pytestmark = pytest.mark.slow
+
 # Run by two processes under torchrun, and by one alone: a few steps in float64 a case, to a file a case.
 WORKER = """
 import sys

@@ -179,7 +179,7 @@ start = time.time()
 assert run([*args, "--out", "whole"]) == 0
 took = time.time() - start
 rng, killed, deaths = random.Random({seed}), 0, []
-while killed < 20:
+while killed < 10:
     begun = os.path.exists("parts/config.json")
     more = rng.randrange(4)                 # none: at the start, before or after it has read what there is
     status = run(["--resume", "parts"] if begun else [*args, "--out", "parts"], more,
@@ -199,7 +199,8 @@ print(killed, len(set(deaths)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_twenty_kills_at_random_moments(tmp_path):
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(tmp_path):
     args = [*SMALL, "--epochs", "16", "--device", "cpu", "--muon", "--norm", "--rank", "5"]
     done = subprocess.run([sys.executable, "-c",
                            KILLER.format(root=str(ROOT), args=args, seed=random.randrange(10 ** 6))],
