@@ -166,3 +166,8 @@ def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generato
 def steps(images: int, size: int) -> int:
     """Batches in an epoch."""
     return max(1, images // size)
+
+
+if __name__ == "__main__":
+    from harness import lessons
+    lessons.main("data")

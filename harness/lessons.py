@@ -325,6 +325,24 @@ def arrow(panel: Any, start: tuple[float, float], end: tuple[float, float], colo
                                                "connectionstyle": f"arc3,rad={curve}"})
 
 
+# ---- data.py -----------------------------------------------------------------------------------------------
+
+def images() -> Callable[[Path], None]:
+    """The made data set: what its ten classes have in common, pixel by pixel."""
+    dataset = data.gratings()
+    pixels, test = dataset.train_images.float(), dataset.test_images.float()
+    means = torch.stack([pixels[dataset.train_labels == k].mean(0) for k in range(10)])     # (10, 3, 32, 32)
+    print("stripes at      images   mean red   green    blue")
+    for k, name in enumerate(dataset.classes):
+        red, green, blue = means[k].mean((1, 2)).tolist()
+        print(f"{name:12}{(dataset.train_labels == k).sum():10}{red:11.1f}{green:8.1f}{blue:8.1f}")
+    nearest = torch.cdist(test.flatten(1), means.flatten(1)).argmin(1)
+    correct = (nearest == dataset.test_labels).float().mean().item()
+    print(f"The nearest of the ten mean images is that of the right class for {correct:.1%} of the test images "
+          "(chance: 10 %): no pixel and no colour tells the class.")
+    return gratings
+
+
 def gratings(path: str | os.PathLike) -> None:
     """Three gratings of each of the ten classes."""
     dataset = data.gratings(500, 1)
@@ -338,4 +356,5 @@ def gratings(path: str | os.PathLike) -> None:
 
 
 DEMONSTRATIONS: dict[str, Callable[[], Callable[[Path], None]]] = {
-    "fa": feedback_alignment, "muon": orthogonalisation, "norm": normalisation, "rank": measures}
+    "fa": feedback_alignment, "muon": orthogonalisation, "norm": normalisation, "rank": measures,
+    "data": images}

@@ -96,7 +96,7 @@ class Run:
         if reason and parallel.index() == 0:
             print(reason, file=sys.stderr)
         # All processes end together with these two; any other status may be that of one process alone.
-        parallel.stop(together=self.status in (0, DIVERGED))
+        parallel.stop(together=error is None or self.status == DIVERGED)
         return error is None or self.status != 0
 
     def _explain(self, error: BaseException) -> tuple[int, str]:

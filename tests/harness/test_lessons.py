@@ -1,4 +1,4 @@
-"""`python fa.py`, `muon.py`, `norm.py`, `rank.py`: a table, and a picture where one is asked for."""
+"""`python fa.py`, `muon.py`, `norm.py`, `rank.py`, `data.py`: a table, and a picture where one is asked for."""
 import json
 import re
 import runpy
@@ -14,7 +14,7 @@ import models
 from harness import lessons, recorder, report
 
 SAYS = {"fa": "are why FA works", "muon": "angle to the exact P Qᵀ", "norm": "only they keep them apart",
-        "rank": "0.9^i, cut to 4"}
+        "rank": "0.9^i, cut to 4", "data": "no colour tells the class"}
 
 
 def run(name, *args, monkeypatch):
