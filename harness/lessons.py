@@ -338,8 +338,8 @@ def images() -> Callable[[Path], None]:
         print(f"{name:12}{(dataset.train_labels == k).sum():10}{red:11.1f}{green:8.1f}{blue:8.1f}")
     nearest = torch.cdist(test.flatten(1), means.flatten(1)).argmin(1)
     correct = (nearest == dataset.test_labels).float().mean().item()
-    print(f"The nearest of the ten mean images is that of the right class for {correct:.1%} of the test images "
-          "(chance: 10 %): no pixel and no colour tells the class.")
+    print(f"The nearest of the ten mean images is that of its own class for {correct:.1%} of the test images "
+          "(chance: 10 %):\nno pixel and no colour tells the class.")
     return gratings
 
 

@@ -1,4 +1,4 @@
-"""`python fa.py`, `muon.py`, `norm.py`, `rank.py`, `data.py`: a table, and a picture where one is asked for."""
+"""`python fa.py` and the other lessons: a table, and a picture where one is asked for."""
 import json
 import re
 import runpy

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 import zipfile
 from pathlib import Path
@@ -22,7 +21,7 @@ from test_train import (REAL_GRATINGS, SMALL, made_cifar100, small_gratings,  # 
 
 import fa
 import train
-from harness import files, session
+from harness import session
 
 VARIANTS = {"fa": "--norm", "muon": "--muon --norm", "ranks": "--muon --norm --rank 2",
             "kp": "--rule kp --muon --norm", "dfa": "--rule dfa --norm", "whiten": "--norm whiten",
@@ -550,20 +549,3 @@ def test_a_rule_that_is_gone_stops_the_run(monkeypatch, capsys):
     assert train.main([*SMALL, "--device", "cpu", "--out", "run"]) == 2
     assert ("FA did not carry the error through layer 'layers.1': its forward was replaced"
             in capsys.readouterr().err)
-
-
-def test_a_process_that_waits_for_nobody_reads_no_half_file(tmp_path):
-    """A reader that looks all the time while a log is written over and over:
-    it never sees less than a whole one."""
-    path = tmp_path / "log.jsonl"
-    files.write_lines(path, [{"epoch": i} for i in range(50)])
-    reader = subprocess.Popen([sys.executable, "-c", f"""
-import json
-for _ in range(3000):
-    lines = open({str(path)!r}).read().splitlines()
-    assert len(lines) >= 50 and all(json.loads(line) for line in lines[1:])
-"""])
-    end = time.time() + 60
-    while reader.poll() is None and time.time() < end:
-        files.write_lines(path, [{"epoch": i} for i in range(50 + random.randrange(50))])
-    assert reader.wait() == 0
