@@ -1,7 +1,7 @@
 """Writes a cached data set as a tree of PNG files, train/CLASS/00012.png and test/CLASS/00007.png, for
 --dataset FOLDER.
 
-    python tests/image_tree.py data/cifar100.pt cifar100-images
+    python tests/harness/image_tree.py data/cifar100.pt cifar100-images
 """
 import sys
 from pathlib import Path
