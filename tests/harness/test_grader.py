@@ -1,4 +1,5 @@
 """The grader: what a submission does is its own fault alone, is named for what it is, and is said once."""
+import functools
 import signal
 import subprocess
 import sys
@@ -181,7 +182,9 @@ def test_an_interrupt_ends_everything(tmp_path):
         "import os, subprocess, time\nother = subprocess.Popen(['sleep', '1000000'])\n"
         "open('pids', 'w').write(f'{os.getpid()} {other.pid}\\n')\ntime.sleep(10 ** 6)\n")
     command = [*GRADER, "--rule", "starts.py:MyRule"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+    # A shell that started the tests in the background may have them ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, preexec_fn=heed) as process:
         pids = tmp_path / "pids"
         while not (pids.exists() and pids.read_text().endswith("\n")):
             assert process.poll() is None
