@@ -9,8 +9,7 @@ figure is the median over the rounds, and behind ± half the distance between th
 compute or copy something; on a GPU each is at least one kernel launch, but a captured step is one in all.
 
 The ceiling of a precision is what large matrix products and convolutions reach in it, measured in the same
-process. A precision that the machine has no instructions for is left out. On two cores it takes some four
-minutes, most of them for width 64.
+process. A precision that the machine has no instructions for is left out.
 """
 import copy
 import itertools
