@@ -26,22 +26,20 @@ normalisation, pooling and additions keep autograd's own backward. A new rule ov
     handle = fa.attach(model, Unreliable(seed=0))          # any model made of nn.Linear and nn.Conv2d
     loss.backward()                                        # now fills the rule's gradients
     handle.before_step()                                   # some rules learn their feedback weights
-    handle.remove()                                        # plain backprop again
 
-How it works: `attach` runs each layer on a detached input, which cuts the true path, so Wᵀδ is neither
-computed nor able to leak. A tie connects the output to the input again, and a full backward hook around the
-tie puts the rule's error where the true one would have been.
+How it works: each layer runs on a detached input, which cuts the true path, so Wᵀδ is neither computed nor
+able to leak. A tie connects the output to the input again, and a full backward hook around the tie puts the
+rule's error where the true one would have been.
 
-Left out: other layers than Linear and Conv2d, and subclasses of these with a forward of their own (they keep
-exact backprop, and `attach` names them); second derivatives of weight gradients, and torch.compile, which may
-ignore hooks (both raise an error). Not noticed: a layer's weight that is also used elsewhere, such as
-F.linear(h, layer.weight.T) in a tied autoencoder, sends the error of that other use back exactly.
+Other layers, and subclasses of Linear and Conv2d with a forward of their own, keep exact backprop; `attach`
+names them. Second derivatives of weight gradients, and torch.compile, raise an error. Not noticed: a weight
+that is also used elsewhere, such as F.linear(h, layer.weight.T), sends that other use's error back exactly.
 """
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
-import hashlib
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -103,23 +101,25 @@ def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
 class Rule:
     """How the error crosses a layer on its way back. Subclass it, override `backward`, and `attach` it.
 
-    seed        of the feedback weights; the same seed draws the same on every machine
-    gain        B is drawn so many times larger than W. It matters where another path carries the error too: a
-                residual block's shortcut is exact, so the gain weighs the branch against it
-    orthogonal  B at each kernel position is made orthogonal, of the norm drawn, and favours no direction
-    uses_weight (of the class) one of its methods reads layer.weight, directly or through a forward pass
-    learns      (of the class) its feedback weights change in training
+    seed           of the feedback weights; the same seed draws the same on every machine
+    uses_weight    (of the class) one of its methods reads layer.weight, directly or through a forward pass
+    learns         (of the class) its feedback weights change in training
+    needs_input    (of the class) `backward` and `before_step` find layer.input and layer.output
+    needs_targets  (of the class) `backward` finds in self.targets what was put into handle.rule.targets
     """
 
-    uses_weight = learns = False
+    uses_weight = learns = needs_input = needs_targets = False
+    targets: Any = None
 
-    def __init__(self, seed: int = 0, gain: float = 1.0, orthogonal: bool = False):
+    def __init__(self, seed: int = 0):
         # W is usually drawn after torch.manual_seed(seed). Another stream keeps B independent of it.
         self.generator = torch.Generator().manual_seed(seed + 0xFEEDBAC)
-        self.gain, self.orthogonal = gain, orthogonal
 
     def prepare(self, layer: Layer) -> None:
-        """Called once for each hidden layer: make what the rule needs, as buffers, to be saved and moved."""
+        """Called once for each hidden layer, layer.crossing.name: make what the rule needs, as buffers."""
+
+    def release(self, layer: Layer) -> None:
+        """Called by `remove`: undo what `prepare` did beyond buffers and parameters, such as a hook."""
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor | None:
         """δ at the layer's output -> δ at its input, of input_shape; or None, and nothing below learns.
@@ -132,16 +132,14 @@ class Rule:
         """Called for each hidden layer before the optimiser's step, for feedback that learns."""
 
     def draw(self, layer: Layer) -> Tensor:
-        """A tensor like layer.weight, drawn on the CPU by the same initialiser: `layer.initialise(tensor,
-        generator=...)` where the model says one, else torch's default for Linear and Conv2d, uniform in
-        ±1/√fan_in. The same numbers on every device, but for rounding where `orthogonal` needs an SVD.
+        """A tensor like layer.weight, drawn on the CPU by the same initialiser: layer.initialise(tensor,
+        generator=...) where the model says one, else torch's default, uniform in ±1/√fan_in.
         """
         drawn = self._draw(layer.weight.shape, getattr(layer, "initialise", _torch_default))
         return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)     # its device and dtype
 
     def _draw(self, shape: torch.Size, initialise: Callable[..., Tensor]) -> Tensor:
-        drawn = initialise(torch.empty(shape), generator=self.generator)
-        return self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
+        return initialise(torch.empty(shape), generator=self.generator)
 
     def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to a process
         return {**vars(self), "generator": bytes(self.generator.get_state().tolist())}
@@ -157,8 +155,7 @@ class Rule:
     load_state_dict = __setstate__
 
 
-def _torch_default(weight: Tensor, generator: torch.Generator) -> Tensor:
-    return nn.init.kaiming_uniform_(weight, a=5 ** 0.5, generator=generator)
+_torch_default = functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5)
 
 
 def _orthogonal(weight: Tensor) -> Tensor:
@@ -170,7 +167,22 @@ def _orthogonal(weight: Tensor) -> Tensor:
 
 
 class FA(Rule):
-    """Feedback alignment: δ_in = Bᵀδ, with B drawn like W and fixed (Lillicrap et al. 2016; paper, Eq. 4)."""
+    """Feedback alignment: δ_in = Bᵀδ, with B drawn like W and fixed (Lillicrap et al. 2016; paper, Eq. 4).
+
+    gain        B is drawn so many times larger than W. It matters where another path carries the error too: a
+                residual block's shortcut is exact, so the gain weighs the branch against it
+    orthogonal  B at each kernel position is made orthogonal, of the norm drawn, and favours no direction
+    """
+
+    def __init__(self, seed: int = 0, gain: float = 1.0, orthogonal: bool = False):
+        super().__init__(seed)
+        if not 0 < gain < float("inf"):
+            raise ValueError(f"gain={gain}: expected a finite number above 0")
+        self.gain, self.orthogonal = gain, orthogonal
+
+    def _draw(self, shape: torch.Size, initialise: Callable[..., Tensor]) -> Tensor:
+        drawn = super()._draw(shape, initialise)
+        return self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
 
     def prepare(self, layer: Layer) -> None:
         layer.register_buffer("feedback", self.draw(layer))
@@ -182,13 +194,11 @@ class FA(Rule):
 # ---- the hook ----------------------------------------------------------------------------------------------
 
 class _Cut:
-    """Mixed into the class of each layer that has a rule: its forward, the true path cut, the hook inside.
-
-    Inside, so that the hook sees the whole error at the output, whatever forward hooks make of that output.
-    """
+    """Mixed into the class of each layer that has a rule: its forward, the true path cut, the hook inside,
+    so that it sees the whole error at the output, whatever forward hooks make of that output."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if self.crossing.exact:
+        if self.crossing.mode.exact:
             return super().forward(input)                               # type: ignore[misc]
         if torch.compiler.is_compiling():
             _refuse_to_compile()
@@ -196,8 +206,9 @@ class _Cut:
         self.crossing.used |= torch.is_grad_enabled()
         if not (input.requires_grad and torch.is_grad_enabled()):       # no error is wanted below
             return output
+        seen = (input.detach(), output.detach()) if self.rule.needs_input else None
         # What nn.Module.__call__ does for a full backward hook.
-        hook = BackwardHook(self, [_replace_error], [])
+        hook = BackwardHook(self, [functools.partial(_replace_error, seen=seen)], [])
         return hook.setup_output_hook(_Tie.apply(*hook.setup_input_hook((input, output))))
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
@@ -206,11 +217,8 @@ class _Cut:
 
 
 class _Tie(torch.autograd.Function):
-    """Return y, computed from x.detach(), as if x had led to it.
-
-    Backward hands y its error, from which autograd computes the exact gradients of W and b, and hands x zeros
-    of the right shape that take no memory (stride 0), for the hook to replace.
-    """
+    """Return y, computed from x.detach(), as if x had led to it. Backward hands y its error, from which
+    autograd computes the exact gradients of W and b, and x zeros without memory, for the hook to replace."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
@@ -223,54 +231,64 @@ class _Tie(torch.autograd.Function):
         if error is None:
             return None, None
         placeholder = error.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
-        again = torch.is_grad_enabled()                 # create_graph: gradients may be differentiated again
-        return placeholder, _Once.apply(error.detach().requires_grad_()) if again else error
+        if torch.is_grad_enabled():                     # create_graph: a later error, as a path is missing
+            error = torch._C._functions.DelayedError(TWICE, 1)(error.detach().requires_grad_())
+        return placeholder, error
 
 
-def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple) -> tuple:
+def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple, seen: tuple | None = None) -> tuple:
     """The full backward hook: δ_out comes in, the placeholder goes, the rule's δ_in takes its place."""
     (placeholder, *others), (error,) = grad_input, grad_output
     if error is None:                                   # none came, though autograd may have put zeros for it
         return (None,) * len(grad_input)
+    if layer.rule.needs_targets and layer.rule.targets is None:
+        raise RuleError(f"{type(layer.rule).__name__} needs each batch's targets: set handle.rule.targets")
+    if seen is not None:
+        layer.input, layer.output = seen
     sent = layer.rule.backward(layer, error, placeholder.shape)
     if sent is None:
         return None, *others
-    # Under autocast δ_out may be bf16 and the input float32: both will do.
-    if not isinstance(sent, Tensor) or sent.shape != placeholder.shape or sent.device != placeholder.device \
-            or sent.dtype not in (error.dtype, placeholder.dtype):
-        raise RuleError(_wrong_error(layer, sent, placeholder, error))
+    if not (isinstance(sent, Tensor) and (sent.shape, sent.device) == (placeholder.shape, error.device)
+            and sent.dtype in (error.dtype, placeholder.dtype)):        # under autocast they may be two
+        got = (f"a tensor of shape {tuple(sent.shape)}, {sent.dtype} on {sent.device}"
+               if isinstance(sent, Tensor) else f"{sent!r:.80}")
+        rule = type(layer.rule).__name__
+        raise RuleError(f"{rule}.backward returned {got} for {layer}; expected the error "
+                        f"at its input, shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, "
+                        "or None")
     return sent.to(placeholder.dtype), *others
 
 
-def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None = None) -> Attachment:
+def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None = None,
+           only: Iterable[str | nn.Module] | None = None,
+           except_: Iterable[str | nn.Module] = ()) -> Attachment:
     """Let `rule` carry the error back through every Linear and Conv2d of `model`, except the stem.
 
     The stem is the layer that reads the data: nothing below it learns, so it needs no error. By default it is
     the first Linear or Conv2d that the model registered; give the layers, or their names, if that is wrong,
-    or () where even the data needs a gradient. The model is changed in place; with `bp` it is not changed.
-
-    Layers of other types that carry the error by weights, and subclasses of Linear and Conv2d whose forward
-    is their own, keep exact backprop; a warning names them. Activations with inplace=True are set to False
+    or () where even the data needs a gradient. `only` and `except_` choose among the others by name or
+    pattern, such as "blocks.*.conv1"; those left out keep exact backprop, or get a rule by another attach.
+    The model is changed in place; with `bp` it is not changed. Activations with inplace=True are set to False
     until `remove`, as a layer's output must stay as it was; torch refuses y += x and F.relu_ on it.
 
     Attach before DistributedDataParallel, before the optimiser is made, and after loading a checkpoint saved
     without a rule. Raises TypeError if `rule` is no instance of Rule, and ValueError if a layer already has a
-    rule or cannot be projected through, the stem is no layer of the model, or the model is compiled.
+    rule or cannot be projected through, a name fits no layer of the model, or the model is compiled.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"attach takes an instance of a rule, such as fa.FA(seed=0), not {rule!r:.80}")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError(f"the model is compiled: {UNCOMPILED}")
     layers, unknown = find(model)
-    for name, layer in layers.items():
+    stems = dict(list(layers.items())[:1]) if stem is None else _named(layers, stem)
+    chosen = (layers if only is None else _named(layers, only)).keys() - _named(layers, except_)
+    hidden = {name: layer for name, layer in layers.items() if name in chosen - stems.keys()}
+    if isinstance(rule, BP):
+        hidden, stems = {}, {}
+    for name, layer in hidden.items():
         if hasattr(layer, "rule"):
             raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its "
                              "handle first")
-    stems = _stems(layers, stem)
-    hidden = {name: layer for name, layer in layers.items() if not any(layer is s for s in stems)}
-    if isinstance(rule, BP):
-        hidden, stems = {}, []
-    for layer in hidden.values():
         check(layer)
     if hidden and unknown:
         named = ", ".join(f"{name} ({type(m).__name__})" for name, m in unknown.items())
@@ -280,33 +298,36 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
 
 
 class Attachment:
-    """The handle that `attach` returns, with `rule`, and `layers` by name, those that the rule goes through.
+    """The handle that `attach` returns: `rule`; `layers` by name, those that the rule goes through; `made`,
+    the names of what the rule made in each. `copy.deepcopy((model, handle))` copies both as a pair."""
 
-    `copy.deepcopy((model, handle))` copies both, belonging together.
-    """
-
-    def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: list[Layer]):
-        self.rule, self.layers, self._model, self._stem = rule, layers, model, stem
-        self._in_place = [m for m in model.modules() if layers and getattr(m, "inplace", False) is True]
-        self._made: dict[str, set[str]] = {}
-        self._hooks: list = []
+    def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: dict[str, Layer]):
+        self.rule, self.layers, self.made, self._model, self._stem = rule, layers, {}, model, [*stem]
+        self._mode, self._hooks = types.SimpleNamespace(exact=False), []
         with contextlib.ExitStack() as undo:
             undo.callback(self.remove)                  # if the rule cannot prepare a layer, all is as before
-            for layer in (*layers.values(), *stem):
-                layer.crossing = types.SimpleNamespace(plain=type(layer), exact=False, used=False)
+            for name, layer in layers.items():
+                layer.crossing = types.SimpleNamespace(name=name, plain=type(layer), used=False,
+                                                       mode=self._mode)
             for name, layer in layers.items():
                 before = {*layer._buffers, *layer._parameters}
                 try:
                     rule.prepare(layer)
                 finally:
-                    self._made[name] = {*layer._buffers, *layer._parameters} - before
+                    self.made[name] = sorted({*layer._buffers, *layer._parameters} - before)
                 layer.rule, layer.__class__ = rule, _cut(layer.crossing.plain)
             undo.pop_all()
-        for module in self._in_place:
-            module.inplace = False
+        for module in model.modules() if layers else ():
+            if getattr(module, "inplace", False) is True:
+                module.inplace, module.was_inplace = False, True
+        first = functools.partial(_stem_is_first, self._mode)
         self._hooks = [model.register_load_state_dict_pre_hook(_fit),
-                       *(layer.register_forward_pre_hook(_stem_is_first, with_kwargs=True) for layer in stem)]
+                       *(layer.register_forward_pre_hook(first, with_kwargs=True) for layer in stem.values())]
         self._gradients = self._versions()
+
+    def __repr__(self) -> str:
+        stem = f"; the stem is {', '.join(self._stem)}" if self._stem else ""
+        return f"<{type(self.rule).__name__} through {', '.join(self.layers) or 'no layer'}{stem}>"
 
     def before_step(self) -> None:
         """Call after the backward pass and before the optimiser's step; clip gradients before it, not after.
@@ -327,6 +348,9 @@ class Attachment:
             layer.crossing.used = False
         for layer in self.layers.values():
             self.rule.before_step(layer)
+            for seen in ("input", "output"):
+                vars(layer).pop(seen, None)
+        self.rule.targets = None                        # those of the next batch are others
         self._gradients = gradients
 
     def _versions(self) -> dict[str, tuple | None]:
@@ -335,46 +359,32 @@ class Attachment:
         return {name: None if w is None or w.grad is None else (id(w.grad), w.grad._version)
                 for name, w in weights.items()}
 
-    def digest(self) -> str | None:
-        """Hexadecimal, of all feedback weights: it never changes, unless the rule `learns`.
-
-        None while some are not drawn yet.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        for name, layer in self.layers.items():
-            for made in sorted(self._made[name]):
-                if getattr(layer, made).numel() == 0:
-                    return None
-                digest.update(f"{name}.{made}".encode())
-                digest.update(getattr(layer, made).detach().cpu().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
-
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
         """Within this context all is plain backprop; the feedback weights stay. For measurements."""
-        crossings = [layer.crossing for layer in (*self.layers.values(), *self._stem)]
         try:
-            for crossing in crossings:
-                crossing.exact = True
+            self._mode.exact = True
             yield
         finally:
-            for crossing in crossings:
-                crossing.exact = False
+            self._mode.exact = False
 
     def remove(self) -> None:
         """Make the model plain again: exact backprop, no feedback weights, in-place activations as before."""
         for hook in self._hooks:
             hook.remove()
-        for name, made in self._made.items():
-            for attribute in made:
-                delattr(self.layers[name], attribute)
-        for layer in (*self.layers.values(), *self._stem):
-            layer.__class__ = layer.crossing.plain
-            for attribute in ("rule", "crossing"):
+        for name, layer in self.layers.items():
+            if hasattr(layer, "rule"):
+                self.rule.release(layer)
+                layer.__class__ = layer.crossing.plain
+            for made in self.made.get(name, ()):
+                delattr(layer, made)
+            for attribute in ("rule", "crossing", "input", "output"):
                 vars(layer).pop(attribute, None)
-        for module in self._in_place:
-            module.inplace = True
-        self.layers, self._stem, self._made, self._in_place, self._hooks = {}, [], {}, [], []
+        if not any(hasattr(module, "rule") for module in self._model.modules()):
+            for module in self._model.modules():
+                if vars(module).pop("was_inplace", False):
+                    module.inplace = True
+        self.layers, self.made, self._stem, self._hooks = {}, {}, [], []
 
 
 # ---- more rules --------------------------------------------------------------------------------------------
@@ -388,27 +398,31 @@ class BP(Rule):
         return project(layer, layer.weight, error, input_shape)
 
 
-class DFA(Rule):
+class DFA(FA):
     """Direct feedback alignment: δ_in = Bᵀe, from the output's error e = ∂loss/∂logits (Nøkland 2016).
 
     Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the
     classes would be, so for the classifier itself DFA and FA are one. A hidden layer does not use the error
-    that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. Expect of it:
-    about what FA reaches. The output is the layer whose error comes first in a backward pass. Raises
-    RuleError where an input has its batch not on the first axis, or other units than before.
+    that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. The output is the
+    layer whose error comes first in a backward pass. Expect of it: about what FA reaches. Raises RuleError
+    where an input has its batch not on the first axis, or other units than before.
     """
 
     def prepare(self, layer: Layer) -> None:
         layer.register_buffer("feedback", layer.weight.new_empty(0))    # drawn when the first error comes
         self._pass = self._output = None                # a backward pass, and the output layer in it
 
+    def signal(self, error: Tensor) -> Tensor:
+        """What the output sends to all layers, of its error (N, classes)."""
+        return error
+
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
         this_pass = torch._C._current_graph_task_id()
         if this_pass != self._pass or layer is self._output:
-            self._pass, self._output = this_pass, layer
             alone = error.dim() == (1 if isinstance(layer, nn.Linear) else 3)   # one image, no batch axis
-            self._error = error.flatten()[None] if alone else error.flatten(1)  # e: (N, classes)
             self._batch = error.shape[:0 if alone else 1]                       # () or (N,)
+            self._error = self.signal(error.flatten()[None] if alone else error.flatten(1))
+            self._pass, self._output = this_pass, layer
         axes = len(self._batch)
         wanted = (self._error.shape[1], input_shape[axes:].numel())
         if layer.feedback.numel() == 0 and not hasattr(layer, "_is_replica"):   # DataParallel's forget
@@ -438,33 +452,30 @@ class KolenPollack(FA):
 
         W ← (1 - ηλ) W + ΔW        B ← (1 - ηλ) B + ΔW        so  W - B  ←  (1 - ηλ) (W - B)
 
-    No weight is transported, only a locally known update; the weight decay λ forgets the difference, and
-    ∠(W, B) falls to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ:
-    (1 - μ)/(ηλ)), and much sooner where the common updates outgrow the first weights, as Muon's do.
+    Only a locally known update is transported; the weight decay λ forgets the difference, and ∠(W, B) falls
+    to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)), and
+    much sooner where the common updates outgrow the first weights, as Muon's do.
 
-    B is a parameter, `layer.feedback`: attach before the optimiser is made, and give it the same one as W.
-    Raises ValueError for a weight computed from others (weight_norm), and HookError when an optimiser has
-    moved W but not B.
+    B is a parameter: attach before the optimiser is made, and give it the same one as W. Raises ValueError
+    for a computed weight (weight_norm), and HookError when an optimiser has moved W but not B.
     """
 
     learns = True
 
     def prepare(self, layer: Layer) -> None:
         if "weight" not in layer._parameters:
-            raise ValueError(f"{layer}: its weight is computed from other parameters, so B cannot take the "
-                             "same updates")
+            raise ValueError(f"{layer}: its weight is computed from others, so B cannot take its updates")
         layer.feedback = nn.Parameter(self.draw(layer))
 
     def before_step(self, layer: Layer) -> None:
         now = layer.weight.detach(), layer.feedback.detach()
         first = vars(layer.crossing).setdefault("first", [tensor.clone() for tensor in now])
-        if first:                                       # until B has been seen to move
-            weight_moved, feedback_moved = (not torch.equal(*pair) for pair in zip(now, first))
-            if weight_moved and not feedback_moved:
-                raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make "
-                                "it after attach, and give it model.parameters()")
-            if feedback_moved:
-                first.clear()
+        moved = [not torch.equal(*pair) for pair in zip(now, first)]    # empty once B has been seen to move
+        if moved == [True, False]:
+            raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make it "
+                            "after attach, and give it model.parameters()")
+        if any(moved):
+            first.clear()
         layer.feedback.grad = None if layer.weight.grad is None else layer.weight.grad.clone()
 
 
@@ -534,38 +545,28 @@ def _has_matrix(module: nn.Module) -> bool:
                for p in module.parameters(recurse=False))
 
 
-def _stems(layers: dict[str, Layer], stem: Iterable[str | nn.Module] | None) -> list[Layer]:
-    if stem is None:
-        return list(layers.values())[:1]
-    named = [stem] if isinstance(stem, str | nn.Module) else list(stem)
-    stems = [layers.get(s) if isinstance(s, str) else s for s in named]
-    wrong = [repr(s) for s, layer in zip(named, stems) if not any(layer is one for one in layers.values())]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: the stem must be of the model's layers, {', '.join(layers)}")
-    return stems
+def _named(layers: dict[str, Layer], wanted: Iterable[str | nn.Module]) -> dict[str, Layer]:
+    """Those that these names, patterns or layers mean."""
+    found: dict[str, Layer] = {}
+    for each in [wanted] if isinstance(wanted, str | nn.Module) else wanted:
+        fits = {name: layer for name, layer in layers.items()
+                if (fnmatch.fnmatchcase(name, each) if isinstance(each, str) else layer is each)}
+        if not fits:
+            raise ValueError(f"{each!r} is none of the model's layers, which are {', '.join(layers)}")
+        found.update(fits)
+    return found
 
 
-def _stem_is_first(layer: Layer, args: tuple, kwargs: dict) -> None:
+def _stem_is_first(mode: types.SimpleNamespace, layer: Layer, args: tuple, kwargs: dict) -> None:
     wanting = any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
-    if wanting and torch.is_grad_enabled() and not layer.crossing.exact:
+    if wanting and torch.is_grad_enabled() and not mode.exact:
         raise RuntimeError(f"{layer} was taken for the stem, which reads the data, but its input wants a "
                            "gradient: the true error would leak through it. Name the layers that read the "
                            "data: attach(model, rule, stem=[...]), or stem=() if the data needs a gradient")
 
 
-class _Once(torch.autograd.Function):
-    """The error on its way to a weight's gradient, whose own gradient would miss the path that is cut."""
-
-    @staticmethod
-    def forward(ctx, error: Tensor) -> Tensor:
-        return error.view_as(error)
-
-    @staticmethod
-    def backward(ctx, *_: Tensor) -> None:
-        raise RuntimeError("the gradient of a layer's weight was differentiated again; a feedback rule cuts "
-                           "the path that this needs, so only gradients of inputs have second derivatives")
-
-
+TWICE = (b"the gradient of a layer's weight was differentiated again; a feedback rule cuts the path that "
+         b"this needs, so only gradients of inputs have second derivatives")
 UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled "
               "code may ignore hooks, and then the rule is silently backprop")
 
@@ -588,15 +589,6 @@ def _is_cut(layer: Any) -> bool:
 def _blank(plain: Any) -> nn.Module:
     """An empty layer, for pickle and deepcopy to fill."""
     return _cut(plain).__new__(_cut(plain))
-
-
-def _wrong_error(layer: Layer, got: object, placeholder: Tensor, error: Tensor) -> str:
-    what = (f"a tensor of shape {tuple(got.shape)}, {got.dtype} on {got.device}" if isinstance(got, Tensor)
-            else f"{got!r:.80}")
-    code = getattr(type(layer.rule).backward, "__code__", None)
-    where = f"{code.co_filename}, line {code.co_firstlineno}: " if code else ""
-    return (f"{where}{type(layer.rule).__name__}.backward returned {what} for {layer}; expected the error at "
-            f"its input, shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, or None")
 
 
 def _fit(model: nn.Module, state: dict, prefix: str, *_) -> None:

@@ -38,6 +38,7 @@ import norm as normalisation
 
 
 INITS = ("he", "torch")
+SHORTCUTS = ("conv", "pad", "none")
 
 
 def _he(weight: Tensor, scale: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -107,37 +108,57 @@ class CNN(nn.Module):
         return self.classifier(x.flatten(1))                            # (N, classes)
 
 
+class Pad(nn.Module):
+    """A shortcut without weights: means of stride × stride pixels, and zeros for the new channels.
+
+    Option A of He et al. 2016, but for the means: they take every other pixel.
+    """
+
+    def __init__(self, stride: int, new: int):
+        super().__init__()
+        self.stride, self.new = stride, new
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(F.avg_pool2d(x, self.stride, ceil_mode=True), (0, 0, 0, 0, 0, self.new))
+
+
 class Block(nn.Module):
     """relu(x + branch(x)), where the branch is two convolutions; a 1×1 one fits x to another shape."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: str | None, init: str, scale: float):
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str | None, init: str, scale: float,
+                 shortcut: str):
         super().__init__()
         self.conv1 = _conv(inputs, outputs, 3, stride, norm, init)
         self.norm1 = normalisation.make(norm, outputs)
         self.conv2 = _conv(outputs, outputs, 3, 1, norm, init, scale)
         self.norm2 = normalisation.make(norm, outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
+        self.shortcut: nn.Module | None = nn.Sequential() if shortcut != "none" else None
+        if shortcut == "conv" and (stride != 1 or inputs != outputs):
             # Nothing rectifies what the shortcut carries: 1/√2 makes He's initialisation keep its variance.
             self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride, norm, init, 0.5 ** 0.5),
                                           normalisation.make(norm, outputs))
+        elif shortcut == "pad":
+            self.shortcut = Pad(stride, outputs - inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+        y = self.norm2(self.conv2(y))
+        return F.relu(y if self.shortcut is None else y + self.shortcut(x))
 
 
 class ResNet(nn.Module):
     def __init__(self, blocks: tuple[int, ...], classes: int, norm: str | None, width: int, channels: int,
-                 init: str):
+                 init: str, shortcut: str):
         super().__init__()
+        if shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut must be one of {SHORTCUTS}, not {shortcut!r}")
         self.stem, self.norm = _conv(channels, width, 3, 1, norm, init), normalisation.make(norm, width)
         stages, inputs = [], width
         for stage, count in enumerate(blocks):
             outputs = width * 2 ** stage
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                stages.append(Block(inputs, outputs, stride, norm, init, scale=sum(blocks) ** -0.5))
+                stages.append(Block(inputs, outputs, stride, norm, init, sum(blocks) ** -0.5, shortcut))
                 inputs = outputs
         self.blocks = nn.Sequential(*stages)
         self.classifier = nn.Linear(inputs, classes)
@@ -183,19 +204,19 @@ def cnn(classes: int = 10, norm: str | None = "batch", width: int = 32, channels
 
 
 def resnet18(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,
-             size: int = 32, init: str | None = None) -> ResNet:
+             size: int = 32, init: str | None = None, shortcut: str = "conv") -> ResNet:
     """ResNet-18 for small images; 11,220,132 parameters for 100 classes with batch norm at width 64.
 
     `width` channels in the first stage. Works on any `size` (it averages over space), so that one is not
-    used. norm and init as for `cnn`.
+    used. norm and init as for `cnn`; shortcut: one of SHORTCUTS, where a block changes the shape.
     """
-    return ResNet((2, 2, 2, 2), classes, norm, width, channels, _chosen(init, norm))
+    return ResNet((2, 2, 2, 2), classes, norm, width, channels, _chosen(init, norm), shortcut)
 
 
 def resnet34(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,
-             size: int = 32, init: str | None = None) -> ResNet:
+             size: int = 32, init: str | None = None, shortcut: str = "conv") -> ResNet:
     """As `resnet18`, deeper: 21,328,292 parameters for 100 classes with batch norm at width 64."""
-    return ResNet((3, 4, 6, 3), classes, norm, width, channels, _chosen(init, norm))
+    return ResNet((3, 4, 6, 3), classes, norm, width, channels, _chosen(init, norm), shortcut)
 
 
 def vgg11(classes: int = 100, norm: str | None = "batch", width: int = 64, channels: int = 3,

@@ -98,12 +98,30 @@ EXPERIMENTS = {
         seeds=3, scale=RESNET_SCALE),
     "improve": Experiment(
         "Beyond the paper: what lifts feedback alignment with both repairs further?",
-        f"{RESNET} --epochs 10 --validate 10000 --rule fa --muon --norm",
-        {"FA + Muon + norm": "", "B × 3": "--feedback-gain 3", "orthogonal B": "--feedback-orthogonal",
-         "B × 3, orthogonal": "--feedback-gain 3 --feedback-orthogonal",
-         "Muon decay 0.05": "--muon-weight-decay 0.05",
-         "B × 3, Muon decay 0.05": "--feedback-gain 3 --muon-weight-decay 0.05"},
+        f"{RESNET} --epochs 10 --validate 10000 --muon --norm",
+        {"FA + Muon + norm": "--rule fa", "B × 3": "--rule 'fa(gain=3)'",
+         "orthogonal B": "--rule 'fa(orthogonal=True)'",
+         "B × 3, orthogonal": "--rule 'fa(gain=3, orthogonal=True)'",
+         "Muon decay 0.05": "--rule fa --muon-weight-decay 0.05",
+         "B × 3, Muon decay 0.05": "--rule 'fa(gain=3)' --muon-weight-decay 0.05"},
         scale=HELD_OUT + "10 epochs."),
+    "shortcut": Experiment(
+        "Beyond the paper: by which ways does the error of feedback alignment travel in a ResNet, and where "
+        "is it lost?",
+        f"{RESNET} --epochs 10 --validate 10000 --muon --norm",
+        {f"{panel}: {label}": f"{flag} {own}".strip() for panel, flag, labels in (
+            ("1×1 convolutions", "", ("backprop", "FA", "FA, shortcuts exact", "FA, branches send nothing",
+                                      "B = W at the start", "frozen features")),
+            ("no weights", "--shortcut pad", ("backprop", "FA", "FA, branches send nothing", "B × 3",
+                                              "B × 0.1")),
+            ("no shortcuts", "--shortcut none", ("backprop", "FA")))
+         for label, own in {
+             "backprop": "--rule bp", "FA": "--rule fa", "frozen features": "--rule frozen",
+             "FA, shortcuts exact": "--rule fa --exact 'blocks.*.shortcut.0'",
+             "FA, branches send nothing": "--rule assignments/examples/shortcuts_only.py:ShortcutsOnly",
+             "B = W at the start": "--rule assignments/examples/transported_once.py:TransportedOnce",
+             "B × 3": "--rule 'fa(gain=3)'", "B × 0.1": "--rule 'fa(gain=0.1)'"}.items() if label in labels},
+        seeds=3, scale=HELD_OUT + "10 epochs, Muon and batch normalisation."),
     "rules": Experiment(
         "Beyond the paper: the rules of fa.py in one common setting, with both repairs.",
         f"{CNN} --muon --norm",

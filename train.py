@@ -29,7 +29,6 @@ from torch.nn import functional as F
 
 import data
 import fa
-import models
 import muon
 import rank
 from harness import files, flags, graph, parallel, recorder, rulefile, session
@@ -54,15 +53,12 @@ class Trainer:
         # The network. In channels_last the kernels need not reorder activations: a step on a CPU takes a
         # quarter less time.
         torch.manual_seed(args.seed)
-        depth = {"depth": args.depth} if args.depth else {}
-        self.model = models.MODELS[args.model](len(dataset.classes), args.norm, args.width, init=args.init,
-                                               size=self.images.shape[-1], **depth)
+        self.model = flags.network(args, len(dataset.classes), self.images.shape[-1])
         self.model.to(device, memory_format=torch.channels_last)
 
         # Feedback alignment, or another rule, carries the error back through every hidden layer.
-        rule = rulefile.make(rulefile.load(args.rule), args.seed,
-                             args.feedback_gain, args.feedback_orthogonal)
-        self.handle = fa.attach(self.model, rule)
+        rule = rulefile.make(rulefile.load(args.rule), args.seed)
+        self.handle = fa.attach(self.model, rule, except_=args.exact)
         self.network = parallel.wrap(self.model, self.normalise(self.images[:2]), self.labels[:2])
 
         # Muon takes the hidden weights, Nesterov SGD all others; or SGD takes all.
@@ -103,6 +99,7 @@ class Trainer:
             logits = self.network(self.normalise(images))
         loss = F.cross_entropy(logits.float(), labels)
         self.model.zero_grad()
+        self.handle.rule.targets = labels                           # for a rule that needs them
         loss.backward()                                             # fa.py's hooks run in here
         self.handle.before_step()
         with self.watched(), self.changed():                        # --rank; --cut and --flatten

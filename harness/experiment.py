@@ -76,7 +76,12 @@ def key(args: dict, version: int) -> str:
     if args["dataset"] not in CIFAR:
         version = max(version, REORDERED)
     # A flag that came later is absent from older results; its default is None or False.
-    chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None and v is not False}
+    chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None and v is not False
+              and v != []}
+    given = {name: chosen.pop(f"feedback_{name}") for name in ("gain", "orthogonal")
+             if f"feedback_{name}" in chosen}                   # flags once, now the rule's hyperparameters
+    if given:
+        chosen["rule"] = rulefile.written(*rulefile.parse(rulefile.written(chosen["rule"], given)))
     if args.get("amp_reason") == "as asked":                    # an experiment about precision
         chosen["amp"] = args["amp"]
     return json.dumps({**chosen, "version": version}, sort_keys=True)

@@ -7,6 +7,7 @@ run began with.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 import data
 import fa
@@ -63,7 +65,7 @@ def rule(text: str) -> str:
         rulefile.load(text)
     except rulefile.RuleFileError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
-    return text
+    return rulefile.written(*rulefile.parse(text))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("the experiment")
     g.add_argument("--rule", type=rule, default="fa", metavar="RULE",
                    help=f"how the error crosses a layer: {', '.join(fa.RULES)} (see fa.py; bp is backprop), "
-                        "or a class of your own, my_rule.py:MyRule (default: fa)")
+                        "or a class of your own, my_rule.py:MyRule; with hyperparameters: 'fa(gain=3)' "
+                        "(default: fa)")
     g.add_argument("--muon", action="store_true",
                    help="orthogonalise the updates of hidden weights (default: Nesterov SGD for all weights)")
     g.add_argument("--norm", nargs="?", const="batch", choices=norm.KINDS,
@@ -84,12 +87,9 @@ def parser() -> argparse.ArgumentParser:
                         "(default: gratings, which is generated, not downloaded)")
     g.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
                    help="of weights, feedback, order and augmentation (default: 0)")
-    g = p.add_argument_group("feedback")
-    g.add_argument("--feedback-gain", type=number(float, 0, above=True),
-                   help="draw the feedback weights so many times larger "
-                        "(default: 1, like the forward weights)")
-    g.add_argument("--feedback-orthogonal", action="store_true",
-                   help="make the feedback weights orthogonal, of the same norm (default: as they are drawn)")
+    g.add_argument("--exact", nargs="+", default=[], metavar="LAYER",
+                   help="layers that keep exact backprop whatever the rule, by name or pattern, such as "
+                        "'blocks.*.shortcut.0' (default: none but the stem)")
     g = p.add_argument_group("network")
     g.add_argument("--model", choices=models.MODELS,
                    help="the network "
@@ -100,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--depth", type=number(int, 1),
                    help="hidden layers of the cnn or mlp "
                         "(default: 4, the paper's; the others have their own)")
+    g.add_argument("--shortcut", choices=models.SHORTCUTS,
+                   help="of a resnet's blocks that change the shape: a 1×1 convolution, or no weights: means "
+                        "of 2×2 pixels and zeros for new channels; or no shortcuts at all (default: conv)")
     g.add_argument("--init", choices=models.INITS,
                    help="initialisation of forward and feedback weights "
                         "(default: he without --norm, torch with it; see models.py)")
@@ -173,10 +176,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("muon_lr", "muon_weight_decay"):
         if getattr(args, flag) is not None and not args.muon:
             p.error(f"--{flag.replace('_', '-')} has no effect without --muon: add --muon or leave it out")
-    for flag in ("feedback_gain", "feedback_orthogonal"):
-        if getattr(args, flag) and args.rule in ("bp", "frozen"):
-            p.error(f"--{flag.replace('_', '-')} has no effect with --rule {args.rule}, "
-                    "which has no feedback weights")
     args.rule_digest = rulefile.digest(args.rule)
     if args.resume and args.rule_digest != args.saved["rule_digest"]:
         p.error(f"--resume {args.resume}: {args.rule} has changed since; "
@@ -195,6 +194,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, flag) and args.model == "mlp" and args.depth == 1:
             p.error(f"--{flag} has no effect on an mlp of depth 1, "
                     "which has no hidden weights beside stem and classifier")
+    if args.shortcut and not args.model.startswith("resnet"):
+        p.error(f"--shortcut has no effect on {args.model}: choose --model resnet18 or resnet34")
+    if args.exact and args.rule == "bp":
+        p.error("--exact has no effect with --rule bp, which is exact everywhere")
+    with torch.device("meta"):                                  # for the names alone
+        layers = fa.find(network(args, classes=10))[0] if args.exact else {}
+    for pattern in args.exact:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
+            p.error(f"--exact {pattern}: {args.model} has no such layer, but {', '.join(layers)}")
     args.epochs = args.epochs or recipe["epochs"]
     args.batch_size = args.batch_size or recipe["batch_size"]
     args.lr = args.lr or (0.05 if args.norm else 0.02)
@@ -206,7 +214,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.graph and args.device.type != "cuda":
         p.error("--graph records CUDA kernels and needs a GPU")
     changes = {"--cut": args.cut, "--flatten": args.flatten, "--rank": args.rank,
-               "several processes": parallel.asked(), f"--rule {args.rule}": args.rule not in fa.RULES}
+               "several processes": parallel.asked(),
+               f"--rule {args.rule}": rulefile.parse(args.rule)[0] not in fa.RULES}
     changing = next((flag for flag, asked in changes.items() if asked), None)
     if args.graph and changing:
         p.error(f"--graph cannot be combined with {changing}: its Python may do something else in every step")
@@ -221,6 +230,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         here = f"this {processor} has {'it' if args.amp else 'no bf16'}"
         args.amp_reason = "default for gratings" if kept else here
     return args
+
+
+def network(args: argparse.Namespace, classes: int, size: int = 32) -> nn.Module:
+    """The network that the arguments ask for."""
+    own = {key: getattr(args, key) for key in ("depth", "shortcut") if getattr(args, key)}
+    return models.MODELS[args.model](classes, args.norm, args.width, init=args.init, size=size, **own)
 
 
 FREE = ("data", "device", "epochs", "graph", "out")             # what a resumed run may be given anew

@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -152,7 +154,7 @@ class Run:
         if state:
             self._load(state)
         else:
-            self.feedback = handle.digest()
+            self.feedback = feedback_digest(handle)
         if speaks:
             saw = {"digest": digest, "train_images": len(dataset.train_images) + (args.validate or 0)}
             self._open(state, damage, saw, header(args, model, optimisers, dataset))
@@ -303,7 +305,7 @@ class Run:
 
     def _checkpoint(self) -> None:
         """Write a checkpoint. Raises Problem if the rule changed its feedback weights and does not say so."""
-        now = self.handle.digest()
+        now = feedback_digest(self.handle)
         if self.feedback and self.feedback != now and not self.handle.rule.learns:
             raise files.Problem(f"{self.args.rule}: the feedback weights have changed since the run began; "
                                 "expected a rule that leaves them alone, or says learns = True")
@@ -339,7 +341,7 @@ class Run:
             for key, value in state["interrupted"].items()}
         self.lines, self.ranks, self.step = state["log"], state["ranks"], state["step"]
         self.spent, self.feedback = state["spent"], state["feedback"]
-        if not self.handle.rule.learns and self.handle.digest() != self.feedback:
+        if not self.handle.rule.learns and feedback_digest(self.handle) != self.feedback:
             raise files.Problem("the checkpoint's feedback weights are not those that the run began with")
 
 
@@ -499,7 +501,7 @@ def name(args: argparse.Namespace) -> str:
     if args.norm:
         parts.append(args.norm)
     parts += [Path(args.dataset).resolve().name, args.model, f"s{args.seed}"]
-    return "-".join(parts)
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-")      # the rule may be fa(gain=3)
 
 
 def title(args: argparse.Namespace) -> str:
@@ -532,6 +534,21 @@ def header(args: argparse.Namespace, model: nn.Module, optimisers: list[tuple[to
         weights = sum(p.numel() for p in tensors)
         lines.append(f"{kind}, learning rate {rate:g}: {len(tensors)} {what}, {weights:,} weights")
     return "\n".join(lines)
+
+
+def feedback_digest(handle: fa.Attachment) -> str | None:
+    """Hexadecimal, of all feedback weights: it never changes, unless the rule `learns`.
+
+    None while some are not drawn yet.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, layer in handle.layers.items():
+        for made in handle.made[name]:
+            if getattr(layer, made).numel() == 0:
+                return None
+            digest.update(f"{name}.{made}".encode())
+            digest.update(getattr(layer, made).detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def provenance() -> dict:

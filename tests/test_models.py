@@ -113,6 +113,33 @@ def test_without_norm_the_signal_neither_dies_nor_explodes(name):
 
 
 @pytest.mark.parametrize("kind", ["batch", None])
+def test_a_shortcut_without_weights_is_means_of_pixels_and_zeros_for_new_channels(kind):
+    x = torch.randn(2, 8, 7, 6)
+    got = models.Pad(2, 3)(x)
+    assert got.shape == (2, 11, 4, 3) and torch.equal(got[:, 8:], torch.zeros(2, 3, 4, 3))
+    assert torch.allclose(got[:, :8, 0, 1], x[:, :, :2, 2:4].mean((2, 3)), atol=1e-6)
+    assert torch.equal(models.Pad(1, 0)(x), x)
+    model = models.resnet18(10, kind, 8, shortcut="pad").eval()
+    assert not [name for name, p in model.named_parameters() if "shortcut" in name]
+    block = model.blocks[2]                                     # 8 -> 16 channels, halved
+    nn.init.zeros_(block.conv2.weight)                          # the branch ends in zeros
+    x = torch.rand(2, 8, 8, 8)
+    assert torch.equal(block(x), models.Pad(2, 8)(x))
+
+
+def test_a_resnet_can_do_without_shortcuts():
+    torch.manual_seed(0)
+    model = models.resnet18(10, "batch", 8, shortcut="none")
+    plain = models.resnet18(10, "batch", 8)
+    assert {n for n, _ in plain.named_parameters()} - {n for n, _ in model.named_parameters()} == {
+        n for n, _ in plain.named_parameters() if "shortcut" in n}
+    nn.init.zeros_(model.eval().blocks[3].conv2.weight)
+    assert not model.blocks[3](torch.rand(1, 16, 4, 4)).any()           # nothing goes past the branch
+    with pytest.raises(ValueError, match="shortcut must be one of"):
+        models.resnet18(10, shortcut="long")
+
+
+@pytest.mark.parametrize("kind", ["batch", None])
 @pytest.mark.parametrize("name", models.MODELS)
 def test_backprop_learns_a_batch_by_heart(name, kind):
     torch.manual_seed(0)

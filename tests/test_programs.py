@@ -408,7 +408,7 @@ def test_kp_refuses_a_weight_that_is_computed(spoil):
     model = network(torch.float32)
     spoil(model[5])
     before = {name: dict(vars(m)) for name, m in model.named_modules()}
-    with pytest.raises(ValueError, match="its weight is computed from other parameters"):
+    with pytest.raises(ValueError, match="its weight is computed from others"):
         fa.attach(model, fa.KolenPollack())
     assert not any(hasattr(m, "feedback") or hasattr(m, "rule") or hasattr(m, "crossing")
                    for m in model.modules())

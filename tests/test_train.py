@@ -210,8 +210,8 @@ def test_the_initialisation_and_the_feedback_as_asked(tmp_path):
 
     plain, he = feedback("--norm", name="plain"), feedback("--norm", "--init", "he", name="he")
     assert he.std() / plain.std() == pytest.approx(6 ** 0.5, rel=0.1)           # 2/fan_in to 1/(3 fan_in)
-    assert torch.equal(feedback("--norm", "--feedback-gain", "3", name="gain"), 3 * plain)
-    orthogonal = feedback("--norm", "--feedback-orthogonal", name="orthogonal")
+    assert torch.equal(feedback("--norm", "--rule", "fa(gain=3)", name="gain"), 3 * plain)
+    orthogonal = feedback("--norm", "--rule", "fa(orthogonal=True)", name="orthogonal")
     sigma = torch.linalg.svdvals(orthogonal[:, :, 1, 2])
     assert torch.allclose(sigma, sigma[:1].expand_as(sigma), rtol=1e-4)
     assert orthogonal.norm().item() == pytest.approx(plain.norm().item())
@@ -339,9 +339,10 @@ WRONG = {
     "--weight-decay -1": "at least 0",
     "--muon-weight-decay 0": "no effect without --muon",
     "--init xavier": "invalid choice: 'xavier'",
-    "--feedback-gain 0": "not a finite number above 0",
-    "--feedback-gain 3 --rule bp": "which has no feedback weights",
-    "--feedback-orthogonal --rule frozen": "which has no feedback weights",
+    "--exact layers.9": "cnn has no such layer, but layers.0, layers.1",
+    "--exact layers.2 --rule bp": "which is exact everywhere",
+    "--shortcut pad": "no effect on cnn: choose --model resnet18",
+    "--shortcut long --model resnet18": "invalid choice: 'long'",
     "--cut 0": "not an integer of at least 1",
     "--cut 3 --flatten": "not allowed with argument --cut",
     "--cut 3 --model mlp --depth 1": "no hidden weights",
@@ -386,7 +387,6 @@ WRONG = {
     "--lr": "expected one argument",
     "--muon --muon-lr 0": "not a finite number above 0",
     "--muon --muon-weight-decay -1": "at least 0",
-    "--feedback-gain nan": "not a finite number above 0",
     "--graph": "needs a GPU",
     "--amp yes": "unrecognized arguments: yes",
     "--deterministic=1": "ignored explicit argument '1'",

@@ -12,7 +12,7 @@ from test_reproduce import counted
 import fa
 import reproduce
 import train
-from harness import rulefile
+from harness import experiment, flags, rulefile
 
 HEAD = "import fa, torch\nclass MyRule(fa.FA):\n"
 BACKWARD = "    def backward(self, layer, error, input_shape):\n        "
@@ -161,13 +161,73 @@ def test_a_changed_file_is_another_rule(tmp_path, monkeypatch):
     assert rulefile.load("my_rule.py:MyRule").uses_weight == 3
 
 
-def test_a_constructor_of_ones_own_need_not_know_gain(tmp_path, monkeypatch):
+def test_a_constructor_of_ones_own_need_not_know_gain(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rule.py").write_text(
         HEAD + "    def __init__(self, seed=0):\n        super().__init__(seed)\n")
     chosen = rulefile.load("my_rule.py:MyRule")
     assert isinstance(rulefile.make(chosen, 0), fa.FA)
-    assert train.main(["--rule", "my_rule.py:MyRule", "--feedback-gain", "3", *SMALL]) == 2
+    with pytest.raises(SystemExit):
+        train.main(["--rule", "my_rule.py:MyRule(gain=3)", *SMALL])
+    assert "my_rule.py: MyRule has no hyperparameter gain; it takes none" in capsys.readouterr().err
+
+
+DECAY = HEAD + """    def __init__(self, seed=0, decay=0.5, sign=False):
+        super().__init__(seed)
+        if decay < 0:
+            raise ValueError("decay is below 0")
+        self.decay, self.sign = decay, sign
+
+""" + BACKWARD + "return super().backward(layer, error * self.decay, input_shape)\n"
+
+
+def test_hyperparameters_are_the_constructors_and_part_of_a_runs_identity(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rule.py").write_text(DECAY)
+    made = rulefile.make(rulefile.load("my_rule.py:MyRule(sign=True, decay=0.25)"), 3)
+    plain = rulefile.make(rulefile.load("my_rule.py:MyRule"), 3)
+    assert (made.decay, made.sign, plain.decay) == (0.25, True, 0.5) and type(made).__name__ == "MyRule"
+    assert torch.equal(made.generator.get_state(), plain.generator.get_state())
+    assert train.main(["--rule", "my_rule.py:MyRule( sign=True,decay = 2.0)", *SMALL, "--out", "run"]) == 0
+    args = json.loads((tmp_path / "run" / "config.json").read_text())["args"]
+    assert args["rule"] == "my_rule.py:MyRule(decay=2, sign=True)"             # one text for all spellings
+    keys = {experiment.key({**args, "rule": rule}, 2) for rule in (args["rule"], "my_rule.py:MyRule")}
+    assert len(keys) == 2
+    for name, built_in in (("fa(gain=3)", 3), ("dfa(gain=2.5)", 2.5)):
+        assert rulefile.make(rulefile.load(name), 0).gain == built_in
+    assert train.main(["--resume", "run", "--epochs", "3"]) == 0
+
+
+def test_results_from_when_they_were_flags_are_found():
+    asked = vars(flags.parse(["--rule", "fa(gain=3,orthogonal=True)"]))
+    old = {**asked, "rule": "fa", "feedback_gain": 3.0, "feedback_orthogonal": True}
+    plain = {**asked, "rule": "fa", "feedback_gain": None, "feedback_orthogonal": False}
+    assert experiment.key(old, 2) == experiment.key(asked, 2) != experiment.key(plain, 2)
+
+
+@pytest.mark.parametrize("rule, said", {
+    "fa(gian=3)": "FA has no hyperparameter gian; it takes gain, orthogonal (and --seed gives its seed)",
+    "fa(seed=3)": "FA has no hyperparameter seed",
+    "bp(gain=3)": "BP has no hyperparameter gain; it takes none",
+    "fa(gain=0)": "gain=0: expected a finite number above 0",
+    "fa(gain=1e999)": "expected a finite number above 0",
+    "fa(3)": "expected NAME=VALUE",
+    "fa(gain=[3])": "expected NAME=VALUE",
+    "fa(gain=open('x'))": "expected NAME=VALUE",
+    "fa(gain=3": "is no rule",
+    "fa(gain=3) + 1": "is no rule",
+    "fa(gain='big')": "FA(seed=0) failed",
+    "nothing(gain=3)": "'nothing' is no rule",
+    "my_rule.py:MyRule(decya=1)": "my_rule.py: MyRule has no hyperparameter decya; it takes decay, sign",
+    "my_rule.py:MyRule(decay=-1)": "my_rule.py: MyRule(seed=0) failed: decay is below 0",
+}.items())
+def test_a_wrong_hyperparameter_is_one_line(rule, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rule.py").write_text(DECAY)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--rule", rule, *SMALL])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and said in error, error
 
 
 def test_trying_a_rule_leaves_the_generators_alone(tmp_path, monkeypatch):
