@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,25 @@ def angle(a: Tensor, b: Tensor) -> float:
     a, b = a / a.norm(), b / b.norm()
     half = torch.atan2((a - b).norm(), (a + b).norm())          # exact near 0 and 180, unlike arccos
     return 2 * half.rad2deg().item()
+
+
+def alignment(handle: Any, loss: Callable[[], Tensor]) -> dict[str, float]:
+    """Angle in degrees between the rule's gradient of each weight and backprop's, by the layer's name.
+
+    handle  what fa.attach returned
+    loss    () -> scalar: the forward pass and the loss, run twice with the same random numbers
+
+    NaN where one of the gradients is zero. No .grad changes, but batch norm counts both passes; put the model
+    into eval() where that matters.
+    """
+    weights = {name: layer.weight for name, layer in handle.layers.items()}
+    state, found = torch.get_rng_state(), []
+    for way in contextlib.nullcontext, handle.exact:
+        torch.set_rng_state(state)
+        with way():
+            found.append(torch.autograd.grad(loss(), [*weights.values()], allow_unused=True,
+                                             materialize_grads=True))
+    return {name: angle(*pair) for name, *pair in zip(weights, *found)}
 
 
 def mean_cosine(rows: Tensor) -> float:

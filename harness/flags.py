@@ -176,6 +176,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("muon_lr", "muon_weight_decay"):
         if getattr(args, flag) is not None and not args.muon:
             p.error(f"--{flag.replace('_', '-')} has no effect without --muon: add --muon or leave it out")
+    rule = rulefile.load(args.rule)
+    if parallel.asked() and rule.learns and rule.needs_input:
+        p.error(f"--rule {args.rule} learns from layers' inputs, and each process sees others: use one")
     args.rule_digest = rulefile.digest(args.rule)
     if args.resume and args.rule_digest != args.saved["rule_digest"]:
         p.error(f"--resume {args.resume}: {args.rule} has changed since; "

@@ -135,6 +135,7 @@ class Recorder:
         hooks = [layer.register_forward_hook(partial(remember, name), with_kwargs=True)
                  for name, layer in self.layers.items()]
         try:
+            self.handle.rule.targets = self.labels
             loss = self.loss(self.model(self.images), self.labels)
         finally:
             for hook in hooks:

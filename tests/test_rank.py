@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 
+import fa
+import models
 import muon
 import rank
 
@@ -149,3 +151,29 @@ def test_the_update_of_any_optimiser_is_replaced(make, layout):
     assert not torch.allclose(changed[0], plain[0], atol=1e-3)
     assert torch.equal(changed[1], plain[1])                    # only what was named
     assert changed[0].stride() == plain[0].stride()
+
+
+# ---- alignment ---------------------------------------------------------------------------------------------
+
+def test_alignment_is_the_angle_between_both_gradients_in_one_call():
+    torch.manual_seed(0)
+    model, x, labels = models.cnn(5, "batch", 4, size=8), torch.randn(6, 3, 8, 8), torch.arange(6) % 5
+    model.insert = torch.nn.Dropout(0.5)
+    handle = fa.attach(model, fa.FA())
+
+    def loss():
+        return torch.nn.functional.cross_entropy(model(model.insert(x)), labels)
+
+    def gradients():
+        torch.manual_seed(1)
+        return dict(zip(handle.layers, torch.autograd.grad(
+            loss(), [layer.weight for layer in handle.layers.values()])))
+
+    ours = gradients()
+    with handle.exact():
+        exact = gradients()
+    torch.manual_seed(1)
+    angles = rank.alignment(handle, loss)
+    assert angles == {name: rank.angle(ours[name], exact[name]) for name in handle.layers}
+    assert angles["classifier"] == 0 and 45 < angles["layers.1"] < 135
+    assert all(p.grad is None for p in model.parameters())

@@ -55,6 +55,9 @@ def attached(rule, seed=0, dtype=torch.float64, draws=0):
 def gradients(model, x, labels):
     """By name, of the parameters that the model had before the rule came; None where no error arrives."""
     model.zero_grad()
+    for module in model.modules():
+        if hasattr(module, "rule"):
+            module.rule.targets = labels
     F.cross_entropy(model(x).float(), labels).backward()
     return {name: p.grad for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))}
 
@@ -77,6 +80,7 @@ def train(model, x, labels, handle, steps=5):
     torch.manual_seed(1)                                        # a rule may be random
     for _ in range(steps):
         optimiser.zero_grad()
+        handle.rule.targets = labels
         F.cross_entropy(model(x).float(), labels).backward()
         handle.before_step()
         optimiser.step()
@@ -308,6 +312,7 @@ def accuracy_on_gratings(rule):
     for epoch in range(6):
         for images, labels in data.batches(dataset.train_images, dataset.train_labels, 25, generator,
                                            flip=False):
+            handle.rule.targets = labels
             F.cross_entropy(model(normalise(images)), labels).backward()
             handle.before_step()
             for optimiser in optimisers:

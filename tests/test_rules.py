@@ -13,6 +13,7 @@ import fa
 import models
 import muon
 import rank
+from harness import rulefile
 from test_fa import gradients, hidden, relative, resnet
 
 WITH_FEEDBACK = [name for name, rule in fa.RULES.items() if name not in ("bp", "frozen")]
@@ -51,6 +52,167 @@ def train(model, handle, x, labels, steps, optimisers):
         for optimiser in optimisers:
             optimiser.step()
         model.zero_grad()
+
+
+# ---- rules that need more than the error: those of assignments/, and some made for the purpose -------------
+
+def example(name):
+    return rulefile.load(f"assignments/examples/{name}")
+
+
+def test_drtp_is_dfa_of_which_the_prediction_is_left_out():
+    model, x, labels = resnet()
+    dfa = copy.deepcopy(model)
+    handle = fa.attach(model, example("drtp.py:DRTP")(seed=0))
+    fa.attach(dfa, fa.DFA(seed=0))
+    handle.rule.targets = labels
+    got = gradients(model, x, labels)
+    logits = dfa(x)                                         # DFA of the loss whose error e is -y / N
+    dfa.zero_grad()
+    (-(logits * F.one_hot(labels, 10)).sum() / len(x)).backward()
+    for name, p in dfa.named_parameters():
+        if name.startswith(("stem", "blocks", "norm")):
+            assert relative(got[name], p.grad) < 1e-10, name
+    with pytest.raises(fa.RuleError, match="DRTP needs each batch's targets: set handle.rule.targets"):
+        handle.before_step()                                # which forgets them
+        gradients(model, x, labels)
+
+
+def test_weights_transported_once_are_backprop_until_the_weights_change():
+    model, x, labels = resnet()
+    plain = gradients(model, x, labels)
+    fa.attach(model, example("transported_once.py:TransportedOnce")())
+    got = gradients(model, x, labels)
+    assert max(relative(got[name], plain[name]) for name in plain) < 1e-10
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    assert model.classifier.feedback.ne(model.classifier.weight).all()
+
+
+def test_shortcuts_only_sends_no_error_through_a_branch():
+    model, x, labels = resnet()
+    seen = watch(model)
+    fa.attach(model, example("shortcuts_only.py:ShortcutsOnly")())
+    gradients(model, x, labels)
+    for block in model.blocks:
+        sent = seen.get((block.conv1, "in"))
+        assert (sent is None or not sent.any()) and seen[block.conv2, "in"].any()
+        assert block.conv1.weight.grad.any()
+
+
+class Hebbian(fa.FA):
+    """B takes the mean outer product of the layer's output and input."""
+
+    learns = needs_input = True
+
+    def before_step(self, layer):
+        if isinstance(layer, nn.Linear):
+            layer.feedback.add_(layer.output.mT @ layer.input, alpha=1 / len(layer.input))
+
+
+def test_a_rule_that_asks_for_it_finds_the_layers_input_and_output_and_others_pay_nothing():
+    torch.manual_seed(0)
+    model, x = models.mlp(3, None, 6, size=2, depth=2), torch.randn(5, 3, 2, 2)
+    inputs = {}
+    for layer in hidden(model):
+        layer.register_forward_hook(lambda layer, args, y: inputs.update({layer: (args[0], y)}) and None)
+    handle = fa.attach(model, Hebbian())
+    before = {layer: layer.feedback.clone() for layer in hidden(model)}
+    gradients(model, x, torch.tensor([0, 1, 2, 0, 1]))
+    assert all(torch.equal(layer.input, x) and torch.equal(layer.output, y)
+               for layer, (x, y) in inputs.items())
+    handle.before_step()
+    for layer, (x, y) in inputs.items():
+        assert torch.allclose(layer.feedback, before[layer] + y.mT @ x / 5, atol=1e-6)
+        assert not hasattr(layer, "input") and not hasattr(layer, "output")
+    handle.remove()
+    fa.attach(model, fa.FA())
+    gradients(model, x=torch.randn(5, 3, 2, 2), labels=torch.tensor([0, 1, 2, 0, 1]))
+    assert not any(hasattr(layer, "input") for layer in hidden(model))
+
+
+class Counting(fa.FA):
+    """Makes a hook in prepare, and undoes it in release."""
+
+    def prepare(self, layer):
+        super().prepare(layer)
+        layer.calls = 0
+        layer.counter = layer.register_forward_hook(count)
+
+    def release(self, layer):
+        layer.counter.remove()
+        del layer.counter, layer.calls
+
+
+def count(layer, args, output):
+    layer.calls += 1
+
+
+def test_what_prepare_makes_is_undone_and_survives_deepcopy():
+    model, x, labels = resnet()
+    before = {name: dict(vars(m)) for name, m in model.named_modules()}
+    handle = fa.attach(model, Counting())
+    twin, its = copy.deepcopy((model, handle))
+    gradients(twin, x, labels)
+    gradients(twin, x, labels)
+    assert {layer.calls for layer in its.layers.values()} == {2}
+    assert {layer.calls for layer in handle.layers.values()} == {0}
+    for each in (its, handle):
+        each.remove()
+    for network in (model, twin):
+        assert {name: vars(m).keys() for name, m in network.named_modules()} == {
+            name: attributes.keys() for name, attributes in before.items()}
+        assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_layers_are_chosen_by_name_pattern_or_module():
+    model, x, labels = resnet()
+    every = fa.find(model)[0].keys() - {"stem"}
+    for only, except_, expected in (
+            (None, ["*.shortcut.0"], {name for name in every if "shortcut" not in name}),
+            ("blocks.?.conv1", (), {f"blocks.{i}.conv1" for i in range(8)}),
+            (["blocks.3.*", model.classifier], "blocks.3.conv2", {"blocks.3.conv1", "classifier"}),
+            (["stem", "classifier"], (), {"classifier"})):
+        handle = fa.attach(model, fa.FA(), only=only, except_=except_)
+        assert handle.layers.keys() == expected
+        assert {name for name, m in model.named_modules() if hasattr(m, "feedback")} == expected
+        handle.remove()
+    for wrong in (dict(only="blocks.9.*"), dict(except_=["head"]), dict(stem="head"), dict(only=[nn.ReLU()])):
+        with pytest.raises(ValueError, match="is none of the model's layers, which are stem, blocks.0.conv1"):
+            fa.attach(model, fa.FA(), **wrong)
+    assert not any(hasattr(m, "rule") for m in model.modules())
+
+
+def test_one_network_with_two_rules_and_exact_backprop_in_its_shortcuts():
+    """B = W in the branches, sign-symmetry in the classifier, autograd in the shortcuts."""
+    model, x, labels = resnet()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.mul_(2)
+    reference = copy.deepcopy(model)
+    branches = fa.attach(model, Transport(), only="*.conv?")
+    head = fa.attach(model, fa.SignSymmetry(seed=1), only=["classifier"])
+    alone = fa.attach(reference, fa.SignSymmetry(seed=1), only=["classifier"])
+    got, expected = gradients(model, x, labels), gradients(reference, x, labels)
+    assert max(relative(got[name], expected[name]) for name in expected) < 1e-10
+    assert repr(head) == "<SignSymmetry through classifier; the stem is stem>"
+    assert repr(branches).startswith("<Transport through blocks.0.conv1, blocks.0.conv2, ")
+    for each in (branches, head, alone):
+        each.before_step()
+        each.remove()
+    plain = gradients(model, x, labels)
+    assert max(relative(plain[name], gradients(reference, x, labels)[name]) for name in plain) < 1e-12
+
+
+def test_in_place_activations_come_back_with_the_last_handle():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True),
+                          nn.Linear(4, 2))
+    first, second = fa.attach(model, fa.FA(), only=["2"]), fa.attach(model, fa.FA(), only=["4"])
+    first.remove()
+    assert not model[1].inplace
+    model(torch.randn(5, 3)).sum().backward()
+    second.remove()
+    assert model[1].inplace and model[3].inplace and "was_inplace" not in vars(model[1])
 
 
 # ---- what each rule is -------------------------------------------------------------------------------------
