@@ -98,7 +98,7 @@ EXPERIMENTS = {
         seeds=3, scale=RESNET_SCALE),
     "improve": Experiment(
         "Beyond the paper: what lifts feedback alignment with both repairs further?",
-        f"{RESNET} --epochs 10 --validate 10000 --muon --norm",
+        f"{RESNET} --epochs 10 --validate 10000 --muon --norm --rank 10",
         {"FA + Muon + norm": "--rule fa", "B × 3": "--rule 'fa(gain=3)'",
          "orthogonal B": "--rule 'fa(orthogonal=True)'",
          "B × 3, orthogonal": "--rule 'fa(gain=3, orthogonal=True)'",
@@ -108,7 +108,7 @@ EXPERIMENTS = {
     "shortcut": Experiment(
         "Beyond the paper: by which ways does the error of feedback alignment travel in a ResNet, and where "
         "is it lost?",
-        f"{RESNET} --epochs 10 --validate 10000 --muon --norm",
+        f"{RESNET} --epochs 10 --validate 10000 --muon --norm --rank 10",
         {f"{panel}: {label}": f"{flag} {own}".strip() for panel, flag, labels in (
             ("1×1 convolutions", "", ("backprop", "FA", "FA, shortcuts exact", "FA, branches send nothing",
                                       "B = W at the start", "frozen features")),

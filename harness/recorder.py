@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa
+import models
 import rank
 
 
@@ -60,8 +61,12 @@ class Recorder:
               activation  the layer's input x, of which the gradient δ xᵀ is made, (N, in·H·W): at most N
         spectrum          σ/σ₁ of the error, at SPECTRUM ranks from 1 to N
         cosine            mean |cos| between different images' activations
-        angle_weight      ∠(W, B) in degrees, where the layer has a feedback of W's shape
         angle_gradient    ∠(the rule's gradient, backprop's gradient) in degrees
+        angle_error       ∠(the rule's error, backprop's error) at the layer's output, in degrees
+        angle_weight      ∠(W, B) in degrees, where the layer has a feedback of W's shape
+        norm_ratio        ‖B‖ / ‖W‖, there too
+        branch            ‖b‖ / (‖b‖ + ‖s‖) where a residual branch begins, with b the error that comes to the
+                          block's input through the branch, and s the one through the shortcut
     A value is None where a tensor holds infinite or NaN values, or an angle has a zero side. The pass is in
     training mode, as batch normalisation is when it learns.
     """
@@ -90,9 +95,9 @@ class Recorder:
     def measure(self) -> dict[str, dict]:
         with undisturbed(self.model):
             self.model.train()
-            inputs, errors, gradients = self._backward()
+            inputs, errors, gradients, branches = self._backward()
             with self.handle.exact():
-                exact = self._backward()[2]
+                _, exact_errors, exact, _ = self._backward()
         record = {}
         for name in inputs:
             layer = self.layers[name]
@@ -106,12 +111,16 @@ class Recorder:
                     "activation": self._measured(inputs[name]),
                     "spectrum": relative,
                     "cosine": rank.mean_cosine(inputs[name].flatten(1)),
-                    "angle_gradient": rank.angle(gradients[name], exact[name])}
+                    "angle_gradient": rank.angle(gradients[name], exact[name]),
+                    "angle_error": rank.angle(errors[name], exact_errors[name])}
+            if name in branches:
+                line["branch"] = branches[name]
             if name in self._updates:
                 line["update"] = self._measured(self._updates[name])
             feedback = getattr(layer, "feedback", None)
             if feedback is not None and feedback.shape == layer.weight.shape:
                 line["angle_weight"] = rank.angle(layer.weight, feedback)
+                line["norm_ratio"] = (feedback.norm() / layer.weight.norm()).item()
             record[name] = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                             for key, value in line.items()}
         return record
@@ -125,15 +134,23 @@ class Recorder:
         sigma = self._sigma(tensor) if sigma is None else sigma
         return None if sigma is None else {**rank.measures(sigma), "ceiling": len(sigma)}
 
-    def _backward(self) -> tuple[dict, dict, dict]:
-        """By the rule in force: each called layer's input, the error at its output, and its gradient."""
+    def _backward(self) -> tuple[dict, dict, dict, dict]:
+        """By the rule in force: each called layer's input, the error at its output, its gradient, and the
+        share of the branch in the error of the blocks' inputs."""
         calls: dict[str, tuple[Tensor, Tensor]] = {}
+        branches: dict[str, tuple[Tensor, Tensor]] = {}         # a block's input, and the branch's copy of it
 
         def remember(name: str, layer: nn.Module, args: tuple, named: dict, output: Tensor) -> None:
             calls[name] = ((*args, *named.values())[0].detach(), output)
 
+        def enter(name: str, layer: nn.Module, args: tuple) -> Tensor:
+            branches[name] = args[0], args[0].view_as(args[0])
+            return branches[name][1]
+
         hooks = [layer.register_forward_hook(partial(remember, name), with_kwargs=True)
                  for name, layer in self.layers.items()]
+        hooks += [block.conv1.register_forward_pre_hook(partial(enter, f"{name}.conv1"))
+                  for name, block in self.model.named_modules() if isinstance(block, models.Block)]
         try:
             self.handle.rule.targets = self.labels
             loss = self.loss(self.model(self.images), self.labels)
@@ -141,12 +158,19 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
         ran = [name for name in self.layers if name in calls]       # attention does not call all of its own
-        tensors = [*(calls[name][1] for name in ran), *(self.layers[name].weight for name in ran)]
+        tensors = [*(calls[name][1] for name in ran), *(self.layers[name].weight for name in ran),
+                   *(tensor for pair in branches.values() for tensor in pair)]
         wanted = [t for t in tensors if t.requires_grad]
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
         # Where none was wanted, the error is zero.
         both = [next(found) if t.requires_grad else torch.zeros_like(t) for t in tensors]
-        return {name: calls[name][0] for name in ran}, dict(zip(ran, both)), dict(zip(ran, both[len(ran):]))
+        shares = {}
+        for i, name in enumerate(branches):
+            whole, branch = both[2 * len(ran) + 2 * i:][:2]
+            shortcut = (whole - branch).norm()
+            shares[name] = (branch.norm() / (branch.norm() + shortcut)).item()
+        return ({name: calls[name][0] for name in ran}, dict(zip(ran, both)), dict(zip(ran, both[len(ran):])),
+                shares)
 
 
 class Trajectory:

@@ -155,8 +155,14 @@ def _source(text: str) -> tuple[str, str, str]:
         raise RuleFileError(f"{path}: {reason}; expected a Python file with {what}") from e
 
 
+def find(text: str) -> Any:
+    """What FILE.py:NAME names, or None; the file is run once. Raises RuleFileError."""
+    path, name, source = _source(text)
+    return vars(_module(path, source)).get(name)
+
+
 @cache
-def _load(path: str, name: str, source: str, given: str, saves: bool) -> type[fa.Rule]:
+def _module(path: str, source: str) -> types.ModuleType:
     module = types.ModuleType(f"rule_{hashlib.sha256(f'{path}{source}'.encode()).hexdigest()[:8]}")
     module.__file__ = path
     sys.modules[module.__name__] = module               # deepcopy and dataclasses look a class's module up
@@ -167,6 +173,12 @@ def _load(path: str, name: str, source: str, given: str, saves: bool) -> type[fa
         exec(compile(source, path, "exec"), vars(module))       # and no __pycache__ is left behind
     except (Exception, SystemExit) as e:                        # it is anybody's code
         raise RuleFileError(_place(e, path) or f"{path}: {type(e).__name__}: {_line(e)}") from e
+    return module
+
+
+@cache
+def _load(path: str, name: str, source: str, given: str, saves: bool) -> type[fa.Rule]:
+    module = _module(path, source)
     rule = vars(module).get(name)
     if not (isinstance(rule, type) and issubclass(rule, fa.Rule)):
         own = [k for k, v in vars(module).items()

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_rule_contract.py --rule my_rule.py:MyRule --rule "submissions/*.py:MyRule"
 """
+import functools
 import glob
 import sys
 from pathlib import Path
@@ -42,6 +43,13 @@ def pytest_addoption(parser):
                           "pattern (default: the rules of fa.py)")
     parser.addoption("--like", metavar="RULE",
                      help="also check that it does what this rule of fa.py does, such as kp")
+    parser.addoption("--beats", metavar="RULE",
+                     help="also check that it learns the gratings better than this rule, such as fa")
+    parser.addoption("--aligns", type=float, metavar="DEGREES",
+                     help="also check that its feedback comes as near as this to W while the model trains")
+    parser.addoption("--csv", type=Path, metavar="FILE", help="write a table of scores and reasons too")
+    parser.addoption("--picture", type=Path, metavar="FILE",
+                     help="draw accuracy and the angle between W and B, beside fa and bp")
     parser.addoption("--seconds", type=int, default=120, metavar="S",
                      help="the time that each rule may take (default: 120; a usual one takes far less)")
 
@@ -51,10 +59,11 @@ def pytest_configure(config):
         raise pytest.UsageError("--seconds: expected 1 or more")
     if config.getoption("--rule"):                              # the grader's report says all
         config.option.tbstyle, config.option.reportchars, config.option.verbose = "no", "N", -1
-        try:
-            rulefile.digest(config.getoption("--like") or "fa")
-        except rulefile.RuleFileError as e:
-            raise pytest.UsageError(f"--like {e}") from e
+        for option in ("--like", "--beats"):
+            try:
+                rulefile.digest(config.getoption(option) or "fa")
+            except rulefile.RuleFileError as e:
+                raise pytest.UsageError(f"{option} {e}") from e
 
 
 def chosen(config) -> list[str]:
@@ -65,26 +74,33 @@ def chosen(config) -> list[str]:
         path, colon, name = text.rpartition(":")
         files = sorted(glob.glob(path)) if colon and not grader.Child.running else []
         rules += [f"{file}:{name}" for file in files] or [text]
-    return list(dict.fromkeys(rules)) or list(fa.RULES)
+    return list(dict.fromkeys(rules))
 
 
 def pytest_generate_tests(metafunc):
     if "submitted" in metafunc.fixturenames:
-        metafunc.parametrize("submitted", chosen(metafunc.config), indirect=True)
+        default = getattr(metafunc.module, "DEFAULT", list(fa.RULES))
+        metafunc.parametrize("submitted", chosen(metafunc.config) or default, indirect=True)
 
 
 @pytest.fixture
 def submitted(request):
-    """The class to check, as it is."""
+    """The class to check, as it is, or what else the contract loads."""
+    # A property of rules is that they can be saved: it says so itself.
+    load = getattr(request.module, "load", functools.partial(rulefile.load, saves=False))
     try:
-        return rulefile.load(request.param, saves=False)        # one of the properties says so
+        found = load(request.param)
     except rulefile.RuleFileError as e:
         pytest.fail(str(e), pytrace=False)
+    if not callable(found):
+        pytest.fail(f"{request.param}: there is no such name in the file", pytrace=False)
+    return found
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--like"):
-        items[:] = [item for item in items if getattr(item, "originalname", "") != "test_like"]
+    for option in ("--like", "--beats", "--aligns"):
+        if not config.getoption(option):
+            items[:] = [i for i in items if getattr(i, "originalname", "") != option.replace("--", "test_")]
     if config.getoption("--rule"):
         items[:] = [item for item in items if "submitted" in getattr(item, "fixturenames", ())]
 
@@ -100,3 +116,4 @@ def pytest_runtestloop(session):
 def pytest_terminal_summary(terminalreporter):
     if grader.GRADES and not grader.Child.running:
         grader.report(terminalreporter.write_line)
+        grader.keep(terminalreporter.write_line, terminalreporter.config)

@@ -8,6 +8,7 @@ A property without a line was not kept.
 from __future__ import annotations
 
 import contextlib
+import csv
 import faulthandler
 import json
 import multiprocessing
@@ -22,9 +23,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness import report as report_of
 from harness import rulefile
 
 GRADES: dict[str, dict[str, tuple[bool, str]]] = {}     # rule -> property -> (kept, why not or a remark)
+PROGRESS: dict[str, list] = {}  # rule -> after each epoch on the gratings (accuracy in %, ∠(W, B) in degrees)
 SPARE = 30      # seconds: a child ends itself when its time is over; if it has not by then, it is killed
 
 
@@ -34,10 +37,10 @@ class Child:
     """Runs pytest with one rule, and is the plugin that writes the results to its file `grades`."""
 
     running = False                                     # in this process
-    floor = None                                        # what test_learns compares with, trained once for all
+    known: dict[str, list] = {}                         # progress of fa.py's rules, trained once for all
 
-    def __init__(self, folder: Path, rule: str, seconds: int, floor: float | None, args: list[str]):
-        self.folder, self.rule, self.seconds, self.its_floor, self.args = folder, rule, seconds, floor, args
+    def __init__(self, folder: Path, rule: str, seconds: int, known: dict[str, list], args: list[str]):
+        self.folder, self.rule, self.seconds, self.its_known, self.args = folder, rule, seconds, known, args
 
     def run(self) -> None:
         if hasattr(os, "setsid"):
@@ -50,7 +53,7 @@ class Child:
         with open(self.folder / "trace", "w") as trace:     # where it was when it crashed or ran out of time
             faulthandler.enable(trace)
             faulthandler.dump_traceback_later(self.seconds, exit=True, file=trace)
-            Child.running, Child.floor, os.environ["PYTEST_ADDOPTS"] = True, self.its_floor, ""
+            Child.running, Child.known, os.environ["PYTEST_ADDOPTS"] = True, self.its_known, ""
             # pytest's own faulthandler plugin would cancel the time limit at the first failure
             args = ["-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", *self.args]
             status = pytest.main(args, plugins=[self])
@@ -65,7 +68,8 @@ class Child:
         if call.excinfo:
             why = rulefile.explain(call.excinfo.value, self.rule) or " ".join(str(call.excinfo.value).split())
         with open(self.folder / "grades", "a", encoding="utf-8") as file:
-            file.write(json.dumps([item.originalname, report.outcome, why.removeprefix("Skipped: ")]) + "\n")
+            file.write(json.dumps([item.originalname, report.outcome, why.removeprefix("Skipped: "),
+                                   dict(item.user_properties)]) + "\n")
 
 
 # ---- in the grader -----------------------------------------------------------------------------------------
@@ -80,21 +84,25 @@ def run(session: pytest.Session) -> None:
         folders = {rule: Path(folder, str(number)) for number, rule in enumerate(items)}
         for place in folders.values():
             place.mkdir()
-        seconds, like = session.config.getoption("--seconds"), session.config.getoption("--like")
-        context, floor, children = _context(), None, {}
-        for item in session.items:
-            if item.originalname == "test_learns" and floor is None:
-                with context.Pool(1) as pool:       # in a clean process, and not in this one: see _context
-                    floor = pool.apply(item.module.floor)
+        option, seconds = session.config.getoption, session.config.getoption("--seconds")
+        context, children = _context(), {}
+        drawn, known = ["bp", "fa"] if option("--picture") else [], {}
+        if {item.originalname for item in session.items} & {"test_learns", "test_beats"}:
+            with context.Pool(1) as pool:           # in a clean process, and not in this one: see _context
+                for name in {"frozen", option("--beats") or "frozen", *drawn}:
+                    known[name] = pool.apply(_progress, (name,))
+            PROGRESS.update((name, known[name]) for name in drawn)
+        asked = [f"{name}={option(name)}" for name in ("--like", "--beats", "--aligns") if option(name)]
         for rule, place in folders.items():
-            args = [f"--rule={rule}"] + [f"--like={like}"] * bool(like)
-            tests = [f"{item.path}::{item.originalname}" for item in items[rule]]
-            children[rule] = Child(place, rule, seconds, floor, args + tests)
+            tests = list(dict.fromkeys(f"{item.path}::{item.originalname}" for item in items[rule]))
+            children[rule] = Child(place, rule, seconds, known, [f"--rule={rule}", *asked, *tests])
         for rule, status in _run(context, children, seconds + SPARE):
             judged = _judged(folders[rule])
             for item in items[rule]:
-                outcome, why = judged.get(item.originalname) or (
-                    "failed", _death(rule, folders[rule], status, seconds))
+                outcome, why, noted = judged.get(item.originalname) or (
+                    "failed", _death(rule, folders[rule], status, seconds), {})
+                if "progress" in noted:
+                    PROGRESS[rule] = noted["progress"]
                 GRADES[rule][item.function.__doc__.splitlines()[0]] = outcome != "failed", why
                 longrepr = (str(item.path), 0, why) if outcome == "skipped" else why
                 report = pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")
@@ -140,10 +148,19 @@ def _kill(process: multiprocessing.Process) -> None:
     process.join()
 
 
-def _judged(folder: Path) -> dict[str, tuple[str, str]]:
-    grades = folder / "grades"
-    lines = grades.read_text(encoding="utf-8").splitlines() if grades.exists() else []
-    return {name: (outcome, why) for name, outcome, why in map(json.loads, lines)}
+def _progress(rule: str) -> list:
+    import test_rule_contract
+    return test_rule_contract.progress(rulefile.load(rule))
+
+
+def _judged(folder: Path) -> dict[str, tuple[str, str, dict]]:
+    """By the test's name; of one with several cases the first that failed, or else the last."""
+    grades, judged = folder / "grades", {}
+    for line in grades.read_text(encoding="utf-8").splitlines() if grades.exists() else []:
+        name, *result = json.loads(line)
+        if judged.get(name, ["passed"])[0] != "failed":
+            judged[name] = result
+    return judged
 
 
 def _death(rule: str, folder: Path, status: int | None, seconds: int) -> str:
@@ -181,5 +198,61 @@ def report(write) -> None:
             if why:
                 write(f"            {why}")
     write("")
-    for rule, grades in GRADES.items():
-        write(f"{sum(kept for kept, _ in grades.values()):2} of {len(grades)}  {rule}")
+    for rule in ranked():
+        reached = f"{accuracy(rule):5.1f} %  " if accuracy(rule) is not None else ""
+        write(f"{score(rule):2} of {len(GRADES[rule])}  {reached}{rule}")
+
+
+def score(rule: str) -> int:
+    return sum(kept for kept, _ in GRADES[rule].values())
+
+
+def accuracy(rule: str) -> float | None:
+    """Reached on the gratings, in %, if that was tried."""
+    return PROGRESS[rule][-1][0] if rule in PROGRESS else None
+
+
+def ranked() -> list[str]:
+    """The rules, by their scores, and where these are the same by accuracy."""
+    return sorted(GRADES, key=lambda rule: (-score(rule), -(accuracy(rule) or 0)))
+
+
+def keep(write, config: pytest.Config) -> None:
+    """The table and the picture, where they are asked for."""
+    table, picture = config.getoption("--csv"), config.getoption("--picture")
+    try:
+        if table:
+            with open(table, "w", newline="", encoding="utf-8") as file:
+                rows = csv.writer(file)
+                texts = list(dict.fromkeys(text for grades in GRADES.values() for text in grades))
+                rows.writerow(["rule", "score", "of", "accuracy", *texts, "reasons"])
+                for rule in ranked():
+                    grades = GRADES[rule]
+                    reached = "" if accuracy(rule) is None else f"{accuracy(rule):.1f}"
+                    why = dict.fromkeys(why for kept, why in grades.values() if not kept)
+                    rows.writerow([rule, score(rule), len(grades), reached,
+                                   *(int(grades[text][0]) for text in texts), "; ".join(why)])
+            write(f"\n{table}")
+        if picture and PROGRESS:
+            draw(picture)
+            write(f"\n{picture}")
+    except (OSError, ValueError) as e:                          # a folder that is not there; an odd ending
+        write(f"\n{table or picture} cannot be written: {getattr(e, 'strerror', None) or e}")
+
+
+def draw(path: Path) -> None:
+    """Accuracy by epoch of each rule, and the angle between its W and B, beside fa and bp."""
+    figure, ((left, right),) = report_of.figure_of(1, 2, size=(10, 4))
+    names = {"fa": "FA", "bp": "backprop"}
+    labels = [names.get(rule) or rulefile.name(rule) for rule in PROGRESS]
+    for i, (progress, shade) in enumerate(zip(PROGRESS.values(), report_of.colours(labels))):
+        width = 4 - 2.6 * i / len(labels)                       # none hides another: see harness/report.py
+        style = {"color": shade, "linewidth": width, "marker": "o", "markersize": width + 1.5}
+        epochs = range(1, len(progress) + 1)
+        left.plot(epochs, [reached for reached, _ in progress], label=labels[i], **style)
+        if progress[-1][1] is not None:
+            right.plot(epochs, [degrees for _, degrees in progress], **style)
+    left.set(xlabel="epoch", ylabel="test accuracy on gratings (%)", ylim=(0, 100))
+    right.set(xlabel="epoch", ylabel="∠(W, B) in degrees, mean over layers", ylim=(0, 95))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    report_of.save(figure, path)

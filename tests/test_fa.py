@@ -578,9 +578,43 @@ def test_the_ten_line_rule_of_the_docstring():
     assert torch.allclose(error, expected)
 
 
-def test_the_readmes_example_runs():
+def readme_run(rule, monkeypatch, batches, state=None):
+    """What the README's loop makes of a model with this rule; `state` is a checkpoint to go on from."""
     code, _ = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names = {"model": models.cnn(width=4)}
-    exec(code, names)
-    gradients(names["model"], torch.randn(2, 3, 32, 32))
-    assert len(names["hidden"]) == 3 and not hasattr(names["model"].classifier, "rule")
+    before, loop = code.split("for i, ")
+    loop, after = ("for i, " + loop).split("torch.save(")
+    torch.manual_seed(0)
+    names = {"model": models.cnn(5, "layer", 4, size=8).double(), "torch": torch, "F": F, "batches": batches}
+    monkeypatch.setattr(fa, "FA", rule)
+    exec(before, names)
+    handle, optimisers = names["handle"], [*names["optimisers"], *names["schedules"]]
+    if state:
+        names["model"].load_state_dict(state[0])
+        handle.rule.load_state_dict(state[1])
+        for each, its in zip(optimisers, state[2]):
+            each.load_state_dict(its)
+    exec(loop, names)
+    kept = [names["model"].state_dict(), handle.rule.state_dict(), [each.state_dict() for each in optimisers]]
+    return names, copy.deepcopy(kept), after.partition("\n")[2]
+
+
+def test_the_readmes_loop_accumulates_clips_schedules_and_goes_on_from_a_checkpoint(monkeypatch):
+    """Muon, AdamW, a schedule, gradients of two batches, clipped: with B = W as backprop, and resumed as if
+    it had never stopped."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=generator), torch.arange(6) % 5)
+               for _ in range(8)]
+    plain = readme_run(fa.BP, monkeypatch, batches)[1][0]
+    ours = readme_run(Transport, monkeypatch, batches)[1][0]
+    names, whole, after = readme_run(fa.KolenPollack, monkeypatch, batches)
+    for name, value in plain.items():
+        assert relative(ours[name], value) < 1e-6, name
+        assert name.startswith("classifier") or relative(whole[0][name], value) > 1e-3, name
+    half = readme_run(fa.KolenPollack, monkeypatch, batches[:4])[1]
+    resumed = readme_run(fa.KolenPollack, monkeypatch, batches[4:], half)[1][0]
+    assert all(torch.equal(resumed[name], value) for name, value in whole[0].items())
+    monkeypatch.setitem(names, "images", batches[0][0])
+    exec(after, names)
+    assert 0 < names["angles"]["layers.1"] < 180 and names["angles"]["classifier"] == 0
+    assert names["ranks"]["layers.1"]["error"]["effective_rank"] > 1
+    assert not hasattr(names["model"].classifier, "rule")

@@ -1,7 +1,7 @@
 """What every learning rule owes. Checks the rules of fa.py, or yours:
 
     python -m pytest tests/test_rule_contract.py --rule my_rule.py:MyRule
-    python -m pytest tests/test_rule_contract.py --rule "submissions/*.py:MyRule" --like kp
+    python -m pytest tests/test_rule_contract.py --rule "submissions/*.py:MyRule" --like kp --csv grades.csv
 
 Each property is one test, and its first line is what the report says. Each rule is checked in a process of
 its own, which may take --seconds; a property that does not apply counts as kept: all scores count the same.
@@ -28,6 +28,7 @@ import fa
 import grader
 import models
 import muon
+import rank
 from harness import rulefile, session
 
 
@@ -71,12 +72,8 @@ def same(a, b):
         b[k] is None if a[k] is None else b[k] is not None and equal(a[k], b[k]) for k in a)
 
 
-def angle(a, b):
-    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1).arccos().rad2deg().item()
-
-
-def train(model, x, labels, handle, steps=5):
-    optimiser = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+def train(model, x, labels, handle, steps=5, decay=0.1):
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, weight_decay=decay)
     torch.manual_seed(1)                                        # a rule may be random
     for _ in range(steps):
         optimiser.zero_grad()
@@ -119,7 +116,8 @@ def watched(rule, notes, under=None):
                 notes.changed.append(f"{name} changes the error that it is given; expected a new tensor")
                 given[0].copy_(error)
             if isinstance(sent, torch.Tensor) and sent.shape == given[1]:
-                notes.angles[layer] = angle(sent, fa.project(layer, layer.weight.detach(), error, given[1]))
+                W = layer.weight.detach()
+                notes.angles[layer] = rank.angle(sent, fa.project(layer, W, error, given[1]))
             return sent
         return method
 
@@ -298,8 +296,10 @@ def test_like(rule, request):
                f"{((got[name] - parameter).norm() / parameter.norm()).item():.2g} of its norm")
 
 
-def accuracy_on_gratings(rule):
-    """Test accuracy in % of a small CNN after 6 epochs with Muon and batch normalisation."""
+@functools.cache
+def progress(rule):
+    """Of a small CNN on gratings with Muon and batch normalisation, after each of 6 epochs: the test accuracy
+    in %, and the mean angle in degrees between the W and the B of each layer, where B has W's shape."""
     torch.manual_seed(0)
     dataset = data.gratings(1000, 500, noise=20.0)
     normalise = data.Normalise(dataset.train_images)
@@ -308,8 +308,9 @@ def accuracy_on_gratings(rule):
     matrices, others = muon.split(model)
     optimisers = [muon.Muon(matrices, 0.05, weight_decay=5e-4),
                   torch.optim.SGD(others, 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)]
-    generator = torch.Generator().manual_seed(0)
+    generator, history = torch.Generator().manual_seed(0), []
     for epoch in range(6):
+        model.train()
         for images, labels in data.batches(dataset.train_images, dataset.train_labels, 25, generator,
                                            flip=False):
             handle.rule.targets = labels
@@ -319,21 +320,48 @@ def accuracy_on_gratings(rule):
                 optimiser.param_groups[0]["lr"] = 0.05 * (1 - epoch / 6)
                 optimiser.step()
             model.zero_grad()
-    model.eval()
-    with torch.no_grad():
-        return 100 * (model(normalise(dataset.test_images)).argmax(1) == dataset.test_labels
-                      ).float().mean().item()
+        model.eval()
+        with torch.no_grad():
+            correct = model(normalise(dataset.test_images)).argmax(1) == dataset.test_labels
+        history.append((100 * correct.float().mean().item(), angles(handle)))
+    return history
 
 
-@functools.cache
-def floor():
-    return grader.Child.floor or accuracy_on_gratings(fa.Frozen)
+def angles(handle):
+    pairs = [(layer.weight, getattr(layer, "feedback", layer.weight[:0])) for layer in handle.layers.values()]
+    found = [rank.angle(W, B) for W, B in pairs if W.shape == B.shape]
+    return sum(found) / len(found) if found else None
 
 
-def test_learns(rule):
+def accuracy(name):
+    """What a rule of fa.py reaches; the grader has trained it once for all."""
+    return (grader.Child.known.get(name) or progress(rulefile.load(name)))[-1][0]
+
+
+def test_learns(rule, record_property):
     """learns the gratings, at least 10 points better than a network whose hidden layers are frozen"""
     if rule is fa.Frozen:
         pytest.skip("it is the floor")
-    reached = accuracy_on_gratings(rule)
-    expect(reached >= floor() + 10, f"it reached {reached:.1f} % where frozen hidden layers reach "
-           f"{floor():.1f} %; expected at least {floor() + 10:.1f} %")
+    record_property("progress", progress(rule))
+    reached, floor = progress(rule)[-1][0], accuracy("frozen")
+    expect(reached >= floor + 10, f"it reached {reached:.1f} % where frozen hidden layers reach "
+           f"{floor:.1f} %; expected at least {floor + 10:.1f} %")
+
+
+def test_beats(rule, request):
+    """learns the gratings at least 5 points better than the rule named by --beats"""
+    other = request.config.getoption("--beats")
+    reached, bar = progress(rule)[-1][0], accuracy(other)
+    expect(reached >= bar + 5, f"it reached {reached:.1f} % where {other} reaches {bar:.1f} %; expected at "
+           f"least {bar + 5:.1f} %")
+
+
+def test_aligns(rule, request):
+    """turns its feedback towards W, as near as --aligns says"""
+    model, x, labels, handle = attached(rule, dtype=torch.float32)
+    before, wanted = angles(handle), request.config.getoption("--aligns")
+    expect(before is not None, "there is no layer.feedback of W's shape")
+    train(model, x, labels, handle, steps=100, decay=0)
+    now = angles(handle)
+    expect(now <= wanted, f"after 100 steps the angle between W and B is {now:.0f}°, and was {before:.0f}°; "
+           f"expected at most {wanted:g}°")

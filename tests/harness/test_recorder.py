@@ -36,9 +36,15 @@ def test_the_recorder_measures_what_autograd_computes():
     F.cross_entropy(model(x), labels).backward()
     for hook in hooks:
         hook.remove()
+    ours = dict(errors)
+    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(watch, name=name))
+             for name in names]
     with handle.exact():
         weights = [model.get_submodule(name).weight for name in names]
         true = torch.autograd.grad(F.cross_entropy(model(x), labels), weights)
+    exact_errors, errors = errors, ours
+    for hook in hooks:
+        hook.remove()
     record = recorder.Recorder(model, handle, x, labels).measure()
     assert list(record) == names
     for name, exact in zip(names, true):
@@ -51,9 +57,38 @@ def test_the_recorder_measures_what_autograd_computes():
         assert line["spectrum"][0] == 1 and len(line["spectrum"]) <= len(recorder.Recorder.SPECTRUM)
         assert line["cosine"] == pytest.approx(rank.mean_cosine(inputs[name].flatten(1)))
         assert line["angle_gradient"] == pytest.approx(rank.angle(layer.weight.grad, exact), abs=0.05)
+        assert line["angle_error"] == pytest.approx(rank.angle(errors[name], exact_errors[name]), abs=0.05)
         if name != names[0]:
             assert line["angle_weight"] == rank.angle(layer.weight, layer.feedback)
+            assert line["norm_ratio"] == pytest.approx((layer.feedback.norm() / layer.weight.norm()).item())
     assert record["classifier"]["angle_gradient"] < 0.05 and record["layers.1"]["angle_gradient"] > 30
+
+
+@pytest.mark.parametrize("shortcut", models.SHORTCUTS)
+def test_the_share_of_the_branch_in_a_blocks_error(shortcut):
+    """What an identity brings is the error of the sum; the rest of the error at the input is the branch's."""
+    torch.manual_seed(0)
+    model = models.resnet18(5, "batch", 8, shortcut=shortcut)
+    x, labels, seen = torch.randn(4, 3, 8, 8), torch.arange(4), {}
+    handle = fa.attach(model, fa.FA(gain=3))
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda m, args, i=i: args[0].register_hook(
+            lambda g: seen.__setitem__(("whole", i), g)) and None)
+        block.norm2.register_forward_hook(lambda m, args, y, i=i: y.register_hook(
+            lambda g: seen.__setitem__(("sum", i), g)) and None)
+    model.train()
+    F.cross_entropy(model(x), labels).backward()
+    kept = dict(seen)                                           # measure() runs these hooks too
+    record = recorder.Recorder(model, handle, x, labels).measure()
+    assert [name for name in record if "branch" in record[name]] == [f"blocks.{i}.conv1" for i in range(8)]
+    for i in range(8):
+        whole, through = kept["whole", i], kept["sum", i]
+        if shortcut == "none":
+            assert record[f"blocks.{i}.conv1"]["branch"] == 1
+        elif i not in (2, 4, 6):
+            b, s = (whole - through).norm(), through.norm()
+            assert record[f"blocks.{i}.conv1"]["branch"] == pytest.approx((b / (b + s)).item(), rel=1e-3)
+            assert 0 < record[f"blocks.{i}.conv1"]["branch"] < 1
 
 
 class Odd(nn.Module):
