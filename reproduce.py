@@ -98,7 +98,7 @@ EXPERIMENTS = {
         seeds=3, scale=RESNET_SCALE),
     "improve": Experiment(
         "Beyond the paper: what lifts feedback alignment with both repairs further?",
-        f"{RESNET} --epochs 10 --validate 10000 --muon --norm --rank 10",
+        f"{RESNET} --epochs 10 --validate 10000 --muon --norm",
         {"FA + Muon + norm": "--rule fa", "B × 3": "--rule 'fa(gain=3)'",
          "orthogonal B": "--rule 'fa(orthogonal=True)'",
          "B × 3, orthogonal": "--rule 'fa(gain=3, orthogonal=True)'",
