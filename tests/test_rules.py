@@ -165,6 +165,22 @@ def test_what_prepare_makes_is_undone_and_survives_deepcopy():
         assert not any(m._forward_hooks for m in network.modules())
 
 
+class Failing(Counting):
+    def prepare(self, layer):
+        if layer.crossing.name == "blocks.1.conv1":
+            raise ValueError("not this one")
+        super().prepare(layer)
+
+
+def test_where_prepare_fails_what_it_had_made_is_undone():
+    model, *_ = resnet()
+    before = {name: vars(m).keys() for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match="not this one"):
+        fa.attach(model, Failing())
+    assert {name: vars(m).keys() for name, m in model.named_modules()} == before
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_layers_are_chosen_by_name_pattern_or_module():
     model, x, labels = resnet()
     every = fa.find(model)[0].keys() - {"stem"}

@@ -27,7 +27,7 @@ COURSE = {
                      "expected the error at its input, shape"),
         "None, layer.stride, 0, more": ("None, layer.stride, layer.padding, more",
                                         "MyRule.backward returned a tensor of shape"),
-        "error, B.flip(2, 3), None": ("error, B, None", "differs from what it is under fa"),
+        "error, B.flip(2, 3), None": ("error, B, None", "differ from what they are under fa"),
     }),
     "2_newton_schulz.py:orthogonalise": ("newton_schulz.py", FUNCTIONS, [], {
         "X = matrix / 1": ("X = matrix / (matrix.norm() + 1e-30)", "divide by the norm first"),
@@ -40,13 +40,13 @@ COURSE = {
     "3_kolen_pollack.py:MyRule": ("kolen_pollack.py", RULES, ["--like", "kp"], {
         "super().prepare(layer)": ("layer.feedback = nn.Parameter(self.draw(layer))",
                                    "no parameters of the model, so no optimiser updates them"),
-        "pass": (GRADIENT, "the optimiser has moved the weight of"),
-        "layer.feedback.grad = -products(layer, error, layer.input)": (GRADIENT, "is under kp"),
+        "pass": (GRADIENT, "under kp, most of all 2.feedback"),
+        "layer.feedback.grad = -products(layer, error, layer.input)": (GRADIENT, "are under kp"),
         "learns = False": ("learns = True", "the feedback weights changed in training"),
         "layer.feedback.data.copy_(layer.weight)": (GRADIENT, "backward reads W"),
     }),
     "4_weight_mirror.py:MyRule": ("weight_mirror.py", RULES, ["--aligns", "30"], {
-        "torch.randn(layer.input.shape)": (NOISE, "draw with self.draw(layer) or self.generator"),
+        "layer.feedback -= self.rate * (mean - layer.feedback)": (MOVE, "the angle between W and B is"),
         "layer.feedback += self.rate * (layer.weight - layer.feedback)": (
             MOVE, "the error below Conv2d"),
         "layer.feedback += self.rate * mean.mean()": (MOVE, "the angle between W and B is"),
@@ -56,7 +56,7 @@ COURSE = {
     "5_your_own.py:MyRule": ("your_own.py", RULES, ["--beats", "fa"], {
         "layer.feedback": (SIGNS, "where fa reaches"),
         "0 * layer.feedback": (SIGNS, "where frozen hidden layers reach"),
-        "layer.weight": (SIGNS, "is backprop"),
+        "torch.randn_like(layer.feedback)": (SIGNS, "where fa reaches"),
         "layer.feedback.mT": (SIGNS, "RuntimeError"),
         "uses_weight = 0 == 1": ("uses_weight = True", "backward reads W"),
     }),
