@@ -134,6 +134,15 @@ EXPERIMENTS = {
         f"{CNN} {{}}", {k: ALL[k] for k in ("backprop", "backprop + Muon", "FA", "FA + Muon")},
         {"none": "", **{kind: f"--norm {kind}" for kind in ("rms", "layer", "batch", "whiten")}},
         "normalisation", "sweep", scale=CNN_SCALE),
+    "cifar100-half": Experiment(
+        "The paper's headline table at half the width, and beside it FA with shortcuts that have no weights.",
+        "--dataset cifar100 --width 32 --epochs 30",
+        {**{k: f"{ALL[k]} {TUNED[k]}" for k in ("FA + Muon + norm", "FA + norm")},
+         "FA + Muon + norm, no weights in shortcuts": "--rule fa --muon --norm --muon-lr 0.03 --shortcut pad",
+         **{k: f"{ALL[k]} {TUNED[k]}" for k in ("backprop + Muon + norm", "FA + Muon")},
+         "frozen features": "--rule frozen --norm",
+         **{k: f"{ALL[k]} {TUNED[k]}" for k in ("backprop + norm", "FA")}}, paper=PAPER,
+        scale="ResNet-18 of width 32, all of CIFAR-100, 30 epochs."),
     "cifar100": Experiment(
         "The paper's headline table.",
         "--dataset cifar100", {**ALL, "frozen features": "--rule frozen --norm"}, paper=PAPER,

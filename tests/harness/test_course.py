@@ -40,15 +40,14 @@ COURSE = {
     "3_kolen_pollack.py:MyRule": ("kolen_pollack.py", RULES, ["--like", "kp"], {
         "super().prepare(layer)": ("layer.feedback = nn.Parameter(self.draw(layer))",
                                    "no parameters of the model, so no optimiser updates them"),
-        "pass": (GRADIENT, "under kp, most of all 2.feedback"),
+        "pass": (GRADIENT, "under kp, most of all 10.feedback"),
         "layer.feedback.grad = -products(layer, error, layer.input)": (GRADIENT, "are under kp"),
         "learns = False": ("learns = True", "the feedback weights changed in training"),
         "layer.feedback.data.copy_(layer.weight)": (GRADIENT, "backward reads W"),
     }),
     "4_weight_mirror.py:MyRule": ("weight_mirror.py", RULES, ["--aligns", "30"], {
         "layer.feedback -= self.rate * (mean - layer.feedback)": (MOVE, "the angle between W and B is"),
-        "layer.feedback += self.rate * (layer.weight - layer.feedback)": (
-            MOVE, "the error below Conv2d"),
+        "torch.ones(layer.input.shape)": (NOISE, "the angle between W and B is"),
         "layer.feedback += self.rate * mean.mean()": (MOVE, "the angle between W and B is"),
         "torch.rand(layer.input.shape, generator=self.generator)": (NOISE, "the angle between W and B is"),
         "uses_weight = False": ("uses_weight = True", "before_step reads W"),
@@ -56,7 +55,7 @@ COURSE = {
     "5_your_own.py:MyRule": ("your_own.py", RULES, ["--beats", "fa"], {
         "layer.feedback": (SIGNS, "where fa reaches"),
         "0 * layer.feedback": (SIGNS, "where frozen hidden layers reach"),
-        "torch.randn_like(layer.feedback)": (SIGNS, "where fa reaches"),
+        "self.draw(layer)": (SIGNS, "where fa reaches"),
         "layer.feedback.mT": (SIGNS, "RuntimeError"),
         "uses_weight = 0 == 1": ("uses_weight = True", "backward reads W"),
     }),
