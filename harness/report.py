@@ -257,6 +257,19 @@ def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none"):
     return figure, axes
 
 
+def widths(count: int) -> list[float]:
+    """Of curves in one panel: the later one is drawn the thinner it is, so that the one under it is a rim."""
+    return [4 - 2.6 * i / max(1, count - 1) for i in range(count)]
+
+
+def loss_axis(ax) -> None:
+    """Logarithmic: a loss that runs away and one that falls from 2 to 0.02 can both be read."""
+    from matplotlib.ticker import LogFormatter
+    ax.set(xlabel="epoch", ylabel="training loss (nats), logarithmic", yscale="log")
+    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_minor_formatter(LogFormatter())
+
+
 def save(figure, path: Path) -> None:
     """In the format that the path's ending names, or as PNG."""
     from matplotlib import pyplot as plt
@@ -277,18 +290,16 @@ def picture(path: Path, draw: Callable[[], object]) -> bool:
 
 # ---- pictures of runs --------------------------------------------------------------------------------------
 
-def curves(path: Path, log: list[dict], title: str, classes: int | None = None) -> None:
-    """curves.png: left the loss, right training and test accuracy, and chance where `classes` are given."""
-    from matplotlib.ticker import LogFormatter, MaxNLocator
-    figure, axes = figure_of(1, 2, size=(9, 3.8))
-    left, right = axes[0]
+def curves(path: Path, log: list[dict], title: str, classes: int | None = None,
+           ranks: Sequence[dict] = ()) -> None:
+    """curves.png: loss; accuracies, and chance where `classes` are given; the error's rank if recorded."""
+    from matplotlib.ticker import MaxNLocator
+    figure, axes = figure_of(1, 3 if ranks else 2, size=(14.5 if ranks else 9, 3.8))
+    left, right = axes[0, :2]
     finished = [line for line in log if line["test_accuracy"] is not None]
     epochs = [line["epoch"] for line in finished]
-    # On a logarithmic axis a loss that runs away and one that falls from 2 to 0.02 can both be read.
     left.plot(epochs, [line["train_loss"] for line in finished], "o-", color="#000000", markersize=3)
-    left.set(xlabel="epoch", ylabel="training loss (nats), logarithmic", yscale="log")
-    left.yaxis.set_major_formatter(LogFormatter())
-    left.yaxis.set_minor_formatter(LogFormatter())
+    loss_axis(left)
     for key, label, style, shade in (("train_accuracy", "training images", "o--", "#999999"),
                                      ("test_accuracy", "test images", "o-", "#000000")):
         heights = [100 * line[key] for line in finished]
@@ -297,7 +308,9 @@ def curves(path: Path, log: list[dict], title: str, classes: int | None = None) 
         right.axhline(100 / classes, color="#999999", linewidth=1, linestyle=":", label="chance")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, None))
     right.legend(frameon=False)
-    for ax in axes[0]:
+    if ranks:
+        error_ranks(axes[0, 2], ranks)
+    for ax in (left, right):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if not finished:
             ax.text(0.5, 0.5, "diverged in the first epoch", ha="center", transform=ax.transAxes)
@@ -310,20 +323,40 @@ def curves(path: Path, log: list[dict], title: str, classes: int | None = None) 
     save(figure, path)
 
 
+def error_ranks(ax, ranks: Sequence[dict]) -> None:
+    """By epoch: a curve for each layer but the classifier, the deeper the darker."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+    names = list(ranks[0]["layers"])[:-1]
+    layers = list(zip(*[effective_ranks(record, "error") for record in ranks]))
+    named = names[::-1 - len(names) // 8]                       # the deepest and some others, 8 at most
+    epochs = [record["epoch"] for record in ranks]
+    for i, (name, layer, width) in enumerate(zip(names, layers, widths(len(names))), 1):
+        ax.plot(epochs, [nan(rank) for rank in layer], "o-", linewidth=width, markersize=width + 1.5,
+                color=colormaps["Blues"](0.25 + 0.75 * i / len(names)), label=name if name in named else None)
+    ax.set(xlabel="epoch", ylabel="effective rank of the error δ", ylim=(0, 1.04 * ax.get_ylim()[1]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def name_of(args: dict) -> str:
+    """What the tables call a run with these arguments."""
+    parts = [RULES.get(args["rule"], rulefile.name(args["rule"]))]
+    if args["muon"]:
+        parts.append("Muon")
+    if args["norm"]:
+        parts.append("norm" if args["norm"] == "batch" else f"{args['norm']} norm")
+    return " + ".join(parts)
+
+
 def read_ranks(run: Path) -> tuple[str, list[dict]]:
     """A run's name as the tables have it, and its records. Raises files.Problem where there are none."""
     try:
         args = json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
         records = [json.loads(line) for line in (run / "rank.jsonl").read_text(encoding="utf-8").splitlines()]
-        rule, muon, norm = args["rule"], args["muon"], args["norm"]
+        return name_of(args), records
     except (OSError, ValueError, KeyError) as e:
         raise files.Problem(f"{run} has no record of ranks ({e}); make one with train.py --rank") from e
-    parts = [RULES.get(rule, rulefile.name(rule))]
-    if muon:
-        parts.append("Muon")
-    if norm:
-        parts.append("norm" if norm == "batch" else f"{norm} norm")
-    return " + ".join(parts), records
 
 
 def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
@@ -331,9 +364,8 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     from matplotlib.ticker import MaxNLocator
     figure, panels = figure_of(2, 3, size=(12, 7))
     (by_depth, spectrum, over_epochs), (gradients, trajectory, alignment) = panels
-    # The later a curve is drawn the thinner it is, so that the one under it shows as a rim.
-    widths = [4 - 2.6 * i / max(1, len(runs) - 1) for i in range(len(runs))]
-    for (label, records), shade, width in zip(runs, colours([label for label, _ in runs]), widths):
+    shades = colours([label for label, _ in runs])
+    for (label, records), shade, width in zip(runs, shades, widths(len(runs))):
         style = {"color": shade, "marker": "o", "markersize": width + 1.5, "linewidth": width}
         last = records[-1]["layers"]
         names, depth = list(last), range(1, len(last) + 1)

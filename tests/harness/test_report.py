@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+from matplotlib.colors import to_rgb
 
 import reproduce
 from harness import files, report
@@ -171,6 +172,38 @@ def test_a_runs_curves(tmp_path, monkeypatch):
     assert set(right.lines[2].get_ydata()) == {10.0} and "may lie below test" in drawn[0].get_supxlabel()
     report.curves(tmp_path / "diverged.png", log(None), "a run")
     assert (tmp_path / "diverged.png").read_bytes()[:4] == b"\x89PNG"
+
+def recorded(*epochs, layers=("layers.0", "layers.1", "layers.2", "classifier")):
+    """Lines of rank.jsonl; the error's rank is 10 × the layer's depth + the epoch, in layer 2 not known."""
+    return [{"epoch": epoch, "layers": {
+        name: {"error": None if i == 2 else {"effective_rank": 10.0 * i + epoch}}
+        for i, name in enumerate(layers)}} for epoch in epochs]
+
+
+def test_a_runs_curves_show_the_errors_rank_exactly_where_it_was_recorded(tmp_path, monkeypatch):
+    drawn = figures(monkeypatch)
+    report.curves(tmp_path / "plain.png", log(3.0, 2.0), "a run", 10)
+    report.curves(tmp_path / "ranks.png", log(3.0, 2.0), "a run", 10, recorded(0, 2))
+    report.curves(tmp_path / "diverged.png", log(None), "a run", 10, recorded(0))
+    assert [len(figure.axes) for figure in drawn] == [2, 3, 3]
+    panel = drawn[1].axes[2]
+    assert panel.get_xlabel() == "epoch" and "effective rank of the error δ" in panel.get_ylabel()
+    first, second, third = panel.lines                          # the classifier has an error of its own
+    assert list(first.get_xdata()) == [0, 2] and list(first.get_ydata()) == [0.0, 2.0]
+    assert list(second.get_ydata()) == [10.0, 12.0] and all(map(math.isnan, third.get_ydata()))
+    light = [sum(to_rgb(line.get_color())) for line in panel.lines]
+    assert light == sorted(light, reverse=True) and len(set(light)) == 3       # the deeper, the darker
+    assert len({line.get_linewidth() for line in panel.lines}) == 3
+    assert not drawn[2].axes[2].texts and drawn[2].axes[0].texts
+
+
+def test_of_many_layers_the_legend_names_a_few_and_the_deepest(tmp_path, monkeypatch):
+    drawn, names = figures(monkeypatch), [f"blocks.{i}.conv" for i in range(35)]
+    report.curves(tmp_path / "ranks.png", log(3.0), "a run", 10,
+                  recorded(0, 1, layers=[*names, "classifier"]))
+    panel = drawn[0].axes[2]
+    shown = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert len(panel.lines) == 35 and 4 <= len(shown) <= 8 and shown[-1] == names[-1]
 
 
 def write_run(folder, records, **args):
