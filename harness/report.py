@@ -1,5 +1,7 @@
 """Spares the reader the making of tables and pictures: of experiments, of each kind one, and of runs.
 
+    python -m harness.report RUN [RUN ...]      # run folders side by side: a table, and compare.png
+
 A result is a line of results/NAME.jsonl as experiment.py writes it, with the label of its row and column
 beside it. Tables are Markdown, as results/README.md holds them; accuracies are those of the last epoch, in %,
 mean ± standard deviation over seeds. Nothing here knows how the results were made.
@@ -9,6 +11,8 @@ each other, the later one is thinner, and the earlier one shows as its rim.
 """
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
@@ -257,6 +261,19 @@ def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none"):
     return figure, axes
 
 
+def widths(count: int) -> list[float]:
+    """Of curves in one panel: the later one is drawn the thinner it is, so that the one under it is a rim."""
+    return [4 - 2.6 * i / max(1, count - 1) for i in range(count)]
+
+
+def loss_axis(ax) -> None:
+    """Logarithmic: a loss that runs away and one that falls from 2 to 0.02 can both be read."""
+    from matplotlib.ticker import LogFormatter
+    ax.set(xlabel="epoch", ylabel="training loss (nats), logarithmic", yscale="log")
+    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_minor_formatter(LogFormatter())
+
+
 def save(figure, path: Path) -> None:
     """In the format that the path's ending names, or as PNG."""
     from matplotlib import pyplot as plt
@@ -277,18 +294,16 @@ def picture(path: Path, draw: Callable[[], object]) -> bool:
 
 # ---- pictures of runs --------------------------------------------------------------------------------------
 
-def curves(path: Path, log: list[dict], title: str, classes: int | None = None) -> None:
-    """curves.png: left the loss, right training and test accuracy, and chance where `classes` are given."""
-    from matplotlib.ticker import LogFormatter, MaxNLocator
-    figure, axes = figure_of(1, 2, size=(9, 3.8))
-    left, right = axes[0]
+def curves(path: Path, log: list[dict], title: str, classes: int | None = None,
+           ranks: Sequence[dict] = ()) -> None:
+    """curves.png: loss; accuracies, and chance where `classes` are given; the error's rank if recorded."""
+    from matplotlib.ticker import MaxNLocator
+    figure, axes = figure_of(1, 3 if ranks else 2, size=(14.5 if ranks else 9, 3.8))
+    left, right = axes[0, :2]
     finished = [line for line in log if line["test_accuracy"] is not None]
     epochs = [line["epoch"] for line in finished]
-    # On a logarithmic axis a loss that runs away and one that falls from 2 to 0.02 can both be read.
     left.plot(epochs, [line["train_loss"] for line in finished], "o-", color="#000000", markersize=3)
-    left.set(xlabel="epoch", ylabel="training loss (nats), logarithmic", yscale="log")
-    left.yaxis.set_major_formatter(LogFormatter())
-    left.yaxis.set_minor_formatter(LogFormatter())
+    loss_axis(left)
     for key, label, style, shade in (("train_accuracy", "training images", "o--", "#999999"),
                                      ("test_accuracy", "test images", "o-", "#000000")):
         heights = [100 * line[key] for line in finished]
@@ -297,7 +312,9 @@ def curves(path: Path, log: list[dict], title: str, classes: int | None = None) 
         right.axhline(100 / classes, color="#999999", linewidth=1, linestyle=":", label="chance")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, None))
     right.legend(frameon=False)
-    for ax in axes[0]:
+    if ranks:
+        error_ranks(axes[0, 2], ranks)
+    for ax in (left, right):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if not finished:
             ax.text(0.5, 0.5, "diverged in the first epoch", ha="center", transform=ax.transAxes)
@@ -310,20 +327,40 @@ def curves(path: Path, log: list[dict], title: str, classes: int | None = None) 
     save(figure, path)
 
 
+def error_ranks(ax, ranks: Sequence[dict]) -> None:
+    """By epoch: a curve for each layer but the classifier, the deeper the darker."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+    names = list(ranks[0]["layers"])[:-1]
+    layers = list(zip(*[effective_ranks(record, "error") for record in ranks]))
+    named = names[::-1 - len(names) // 8]                       # the deepest and some others, 8 at most
+    epochs = [record["epoch"] for record in ranks]
+    for i, (name, layer, width) in enumerate(zip(names, layers, widths(len(names))), 1):
+        ax.plot(epochs, [nan(rank) for rank in layer], "o-", linewidth=width, markersize=width + 1.5,
+                color=colormaps["Blues"](0.25 + 0.75 * i / len(names)), label=name if name in named else None)
+    ax.set(xlabel="epoch", ylabel="effective rank of the error δ", ylim=(0, 1.04 * ax.get_ylim()[1]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def name_of(args: dict) -> str:
+    """What the tables call a run with these arguments."""
+    parts = [RULES.get(args["rule"], rulefile.name(args["rule"]))]
+    if args["muon"]:
+        parts.append("Muon")
+    if args["norm"]:
+        parts.append("norm" if args["norm"] == "batch" else f"{args['norm']} norm")
+    return " + ".join(parts)
+
+
 def read_ranks(run: Path) -> tuple[str, list[dict]]:
     """A run's name as the tables have it, and its records. Raises files.Problem where there are none."""
     try:
         args = json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
         records = [json.loads(line) for line in (run / "rank.jsonl").read_text(encoding="utf-8").splitlines()]
-        rule, muon, norm = args["rule"], args["muon"], args["norm"]
+        return name_of(args), records
     except (OSError, ValueError, KeyError) as e:
         raise files.Problem(f"{run} has no record of ranks ({e}); make one with train.py --rank") from e
-    parts = [RULES.get(rule, rulefile.name(rule))]
-    if muon:
-        parts.append("Muon")
-    if norm:
-        parts.append("norm" if norm == "batch" else f"{norm} norm")
-    return " + ".join(parts), records
 
 
 def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
@@ -331,9 +368,8 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     from matplotlib.ticker import MaxNLocator
     figure, panels = figure_of(2, 3, size=(12, 7))
     (by_depth, spectrum, over_epochs), (gradients, trajectory, alignment) = panels
-    # The later a curve is drawn the thinner it is, so that the one under it shows as a rim.
-    widths = [4 - 2.6 * i / max(1, len(runs) - 1) for i in range(len(runs))]
-    for (label, records), shade, width in zip(runs, colours([label for label, _ in runs]), widths):
+    shades = colours([label for label, _ in runs])
+    for (label, records), shade, width in zip(runs, shades, widths(len(runs))):
         style = {"color": shade, "marker": "o", "markersize": width + 1.5, "linewidth": width}
         last = records[-1]["layers"]
         names, depth = list(last), range(1, len(last) + 1)
@@ -539,3 +575,166 @@ class View(NamedTuple):
 VIEWS = {"epochs": View(table, draw_epochs), "quick": View(quick_table, draw_quick),
          "ranks": View(rank_table, draw_recorded), "sweep": View(sweep_table, draw_sweep),
          "map": View(map_table, draw_map)}
+
+
+# ---- runs side by side -------------------------------------------------------------------------------------
+
+# Arguments that have a column of their own, or are no choice of what is trained.
+NOT_COMPARED = ("rule", "epochs", "out", "data", "device_reason", "amp_reason", "rule_digest")
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RecursionError)      # JSON, but not a run's
+
+
+def read_run(folder: Path) -> dict:
+    """The run in this folder, with its state: "finished", or why it is not. Raises files.Problem."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        args, asked = config["args"], int(config["args"]["epochs"])
+        run = {"args": {**args, "version": config.get("version")}, "label": name_of(args),
+               "chance": chance(config), "measured": measured([config])}
+        log = read_log(folder / "log.jsonl")
+    except OSError as e:
+        raise files.Problem(f"{folder} is no run: {e.filename}: {e.strerror}") from e
+    except DAMAGE as e:
+        raise files.Problem(f"{path} is damaged ({e})") from e
+    done = [line for line in log if not line["diverged"]]
+    reached = round(100 * done[-1]["test_accuracy"], 2) if done else None
+    state = f"unfinished, epoch {len(done)} of {asked}" if done else "no finished epoch"
+    if len(done) < len(log):
+        reached, state = None, f"diverged at step {log[-1]['step']}"
+    elif len(done) >= asked:
+        state = "finished"
+    return {**run, "done": done, "reached": reached, "state": state,
+            "seconds": round(sum(line["seconds"] for line in log), 1)}
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl; none before the first epoch has ended. Raises files.Problem, OSError."""
+    log = []
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            log.append(json.loads(text))
+            known = ["epoch", "step", "seconds"]
+            known += [] if log[-1]["diverged"] else ["test_accuracy", "train_loss"]
+            if not all(math.isfinite(log[-1][key]) for key in known):
+                raise ValueError("a number is not finite")
+        except DAMAGE as e:
+            raise files.Problem(f"{path}, line {number}, is damaged ({e})") from e
+    return log
+
+
+def names(folders: list[Path]) -> list[str]:
+    """Of each folder its name, or as much of its path as no other of the folders ends in."""
+    paths, found = [Path(os.path.abspath(folder)).parts for folder in folders], []
+    for path in paths:
+        count = 1
+        while any(other != path and other[-count:] == path[-count:] for other in paths):
+            count += 1
+        found.append(str(Path(*path[-count:])))
+    return found
+
+
+def given(key: str, value: object) -> str:
+    """An argument as it is typed; "" where it was not given."""
+    if value is None or value is False or value == []:
+        return ""
+    flag = key if key == "version" else f"--{key.replace('_', '-')}"           # the version is no flag
+    return " ".join([flag, *map(str, [] if value is True else value if isinstance(value, list) else [value])])
+
+
+def side_by_side(folders: list[Path], runs: list[dict]) -> list[list]:
+    """A row a run, below their heads: what all runs have, then the arguments that are not the same in all."""
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run["args"])
+            if key not in NOT_COMPARED and len({given(key, run["args"].get(key)) for run in runs}) > 1]
+    images = " or ".join(sorted({run["measured"] for run in runs}, reverse=True))
+    rows: list[list] = [["run", "rule", f"{images} accuracy (%)", "state", "epochs", "seconds", *keys]]
+    for name, run in zip(names(folders), runs):
+        rows.append([name, run["args"]["rule"], run["reached"], run["state"], run["args"]["epochs"],
+                     run["seconds"], *map(run["args"].get, keys)])
+    return rows
+
+
+def readable(rows: list[list]) -> str:
+    """The rows for people, in columns: state and accuracy in one cell, the arguments as they are typed."""
+    (_, _, accuracy, _, _, _, *keys), *rows = rows
+    table = [["run", "rule", accuracy, "epochs", "time", "what differs"]]
+    for name, rule, reached, state, asked, seconds, *values in rows:
+        cell = [] if state == "finished" else [state]
+        cell += [] if reached is None else [f"{reached:.1f}"]
+        differs = ", ".join(filter(None, map(given, keys, values))) or "–"
+        table.append([name, rule, ": ".join(cell), str(asked), span(seconds), differs])
+    sizes = [max(map(len, column)) for column in zip(*table)][:-1] + [0]
+    head, *body = [[text.ljust(size) for text, size in zip(row, sizes)] for row in table]
+    return markdown(head, body)
+
+
+def write_csv(path: Path, rows: list[list]) -> None:
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(rows)
+    files.write(path, lambda partial: partial.write_text(table.getvalue(), encoding="utf-8", newline=""))
+
+
+def draw_side_by_side(path: Path, rows: list[list], runs: list[dict]) -> None:
+    """Left accuracy, right training loss by epoch: a run in one colour, and below them its name."""
+    from matplotlib.ticker import MaxNLocator
+    texts = []
+    for name, _, _, state, *_ in rows[1:]:
+        short = name if len(name) <= 100 else f"{name[:50]}…{name[-49:]}"
+        texts.append(short + f" ({state})" * (state != "finished"))
+    columns = max(1, min(4, 140 // (max(map(len, texts)) + 6)))
+    figure, axes = figure_of(1, 2, size=(11, 4.2 + 0.2 * math.ceil(len(texts) / columns)))
+    left, right = axes[0]
+    shades = colours([run["label"] for run in runs])
+    for run, shade, width in zip(runs, shades, widths(len(runs))):
+        epochs = [line["epoch"] for line in run["done"]]
+        style = {"color": shade, "marker": "o", "markersize": width + 1.5, "linewidth": width}
+        left.plot(epochs, [100 * line["test_accuracy"] for line in run["done"]], **style)
+        right.plot(epochs, [line["train_loss"] for line in run["done"]], **style)
+    level = min(run["chance"] for run in runs)
+    if level == max(run["chance"] for run in runs) > 0:
+        left.axhline(level, color="#999999", linewidth=1, linestyle=":", label="chance")
+        left.legend(frameon=False)
+    left.set(xlabel="epoch", ylabel=rows[0][2], ylim=(0, 1.04 * left.get_ylim()[1]))
+    loss_axis(right)
+    for ax in axes[0]:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    legend = figure.legend(right.lines, map(str, range(len(texts))), loc="outside lower center",
+                           ncols=columns, frameon=False, fontsize=9)
+    for entry, text in zip(legend.get_texts(), texts):          # a folder's name may begin with _ or hold a $
+        entry.set(text=text, parse_math=False)
+    save(figure, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """From the command line to the exit status."""
+    from harness import flags, session                          # session imports this file
+    session.speak_anywhere()
+    p = flags.Parser(prog="report", description="Compare runs of train.py, finished or not.")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
+    p.add_argument("--out", type=Path, metavar="FILE", default=Path("compare.png"),
+                   help="the picture: accuracy and loss by epoch (default: compare.png)")
+    p.add_argument("--csv", type=Path, metavar="FILE",
+                   help="the table as a file, a column for each argument that differs (default: none)")
+    args = p.parse_args(argv)
+    if args.csv and os.path.abspath(args.csv) == os.path.abspath(args.out):
+        p.error("--csv and --out name the same file")
+    what: object = "the table"
+    try:
+        runs = [read_run(folder) for folder in args.runs]
+        rows = side_by_side(args.runs, runs)
+        print(readable(rows) + "\n", flush=True)
+        if args.csv:
+            what = args.csv
+            write_csv(args.csv, rows)
+        what = args.out
+        draw_side_by_side(args.out, rows, runs)
+        print(args.out)
+    except files.Problem as e:
+        p.error(str(e))
+    except (OSError, ValueError, ImportError) as e:             # a format, no name, no matplotlib
+        p.error(f"cannot write {what}: {e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

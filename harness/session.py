@@ -5,7 +5,7 @@
     rank.jsonl              with --rank, one JSON object a recording
     checkpoint.pt           all that the rest of the run depends on, for torch.load(..., weights_only=True)
     checkpoint.previous.pt  the one before
-    curves.png              loss and accuracy by epoch
+    curves.png              loss and accuracy by epoch; with --rank, the rank of the error
 
     with Run(args) as run:
         run.begin(model, handle, ...)           # a new folder, or the state in which the run was stopped
@@ -299,7 +299,7 @@ class Run:
         if self.folder:
             path = self.folder / "curves.png"
             heading = f"{title(self.args)} · {self.args.model} · {self.args.dataset} · seed {self.args.seed}"
-            report.picture(path, lambda: report.curves(path, self.lines, heading, self.classes))
+            report.picture(path, lambda: report.curves(path, self.lines, heading, self.classes, self.ranks))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 

@@ -1,10 +1,19 @@
 """harness/report.py: the numbers of the tables by hand, and every picture drawn."""
+import csv
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from matplotlib.colors import to_rgb
+from test_train import SMALL, small_gratings  # noqa: F401  (a fixture)
 
 import reproduce
+import train
 from harness import files, report
 
 
@@ -172,6 +181,38 @@ def test_a_runs_curves(tmp_path, monkeypatch):
     report.curves(tmp_path / "diverged.png", log(None), "a run")
     assert (tmp_path / "diverged.png").read_bytes()[:4] == b"\x89PNG"
 
+def recorded(*epochs, layers=("layers.0", "layers.1", "layers.2", "classifier")):
+    """Lines of rank.jsonl; the error's rank is 10 × the layer's depth + the epoch, in layer 2 not known."""
+    return [{"epoch": epoch, "layers": {
+        name: {"error": None if i == 2 else {"effective_rank": 10.0 * i + epoch}}
+        for i, name in enumerate(layers)}} for epoch in epochs]
+
+
+def test_a_runs_curves_show_the_errors_rank_exactly_where_it_was_recorded(tmp_path, monkeypatch):
+    drawn = figures(monkeypatch)
+    report.curves(tmp_path / "plain.png", log(3.0, 2.0), "a run", 10)
+    report.curves(tmp_path / "ranks.png", log(3.0, 2.0), "a run", 10, recorded(0, 2))
+    report.curves(tmp_path / "diverged.png", log(None), "a run", 10, recorded(0))
+    assert [len(figure.axes) for figure in drawn] == [2, 3, 3]
+    panel = drawn[1].axes[2]
+    assert panel.get_xlabel() == "epoch" and "effective rank of the error δ" in panel.get_ylabel()
+    first, second, third = panel.lines                          # the classifier has an error of its own
+    assert list(first.get_xdata()) == [0, 2] and list(first.get_ydata()) == [0.0, 2.0]
+    assert list(second.get_ydata()) == [10.0, 12.0] and all(map(math.isnan, third.get_ydata()))
+    light = [sum(to_rgb(line.get_color())) for line in panel.lines]
+    assert light == sorted(light, reverse=True) and len(set(light)) == 3       # the deeper, the darker
+    assert len({line.get_linewidth() for line in panel.lines}) == 3
+    assert not drawn[2].axes[2].texts and drawn[2].axes[0].texts
+
+
+def test_of_many_layers_the_legend_names_a_few_and_the_deepest(tmp_path, monkeypatch):
+    drawn, names = figures(monkeypatch), [f"blocks.{i}.conv" for i in range(35)]
+    report.curves(tmp_path / "ranks.png", log(3.0), "a run", 10,
+                  recorded(0, 1, layers=[*names, "classifier"]))
+    panel = drawn[0].axes[2]
+    shown = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert len(panel.lines) == 35 and 4 <= len(shown) <= 8 and shown[-1] == names[-1]
+
 
 def write_run(folder, records, **args):
     folder.mkdir()
@@ -203,3 +244,201 @@ def test_a_runs_ranks_have_the_name_and_colour_of_the_tables(tmp_path, monkeypat
     assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4
     with pytest.raises(files.Problem, match="no record of ranks"):
         report.read_ranks(tmp_path)
+
+
+# ---- python -m harness.report ------------------------------------------------------------------------------
+
+ARGS = {"rule": "fa", "muon": False, "norm": None, "dataset": "gratings", "seed": 0, "exact": [],
+        "epochs": 2, "lr": 0.02, "muon_lr": None, "weight_decay": 0.0005, "validate": None, "data": "data",
+        "device": "cpu", "device_reason": "no GPU was found", "amp_reason": "as asked", "rule_digest": None}
+
+
+def make_run(folder, *accuracies, diverged=None, version=2, **args):
+    """A run's folder as train.py leaves it; returns how it is named on a command line."""
+    folder.mkdir(parents=True)
+    lines = [{"epoch": i, "diverged": False, "step": 4 * i, "train_loss": 2 / i, "train_accuracy": 0.5,
+              "test_accuracy": accuracy, "seconds": 31.5} for i, accuracy in enumerate(accuracies, 1)]
+    if diverged:
+        lines.append({"epoch": len(lines) + 1, "diverged": True, "step": diverged, "train_loss": None,
+                      "train_accuracy": None, "test_accuracy": None, "seconds": 1.0})
+    config = {"version": version, "args": {**ARGS, "out": str(folder), **args}}
+    (folder / "config.json").write_text(json.dumps(config))
+    if lines:
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+@pytest.fixture
+def compare(capsys):
+    """The report's command line, in this process: (exit status, stdout, stderr)."""
+    def run(*argv):
+        try:
+            status = report.main([str(arg) for arg in argv])
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+    return run
+
+
+def test_runs_side_by_side(compare, monkeypatch):
+    drawn = figures(monkeypatch)
+    runs = [make_run(Path("plain"), 0.1, 0.25, seed=0),
+            make_run(Path("muon"), 0.5, 0.625, rule="mine.py:Rule", muon=True, muon_lr=0.01, seed=1,
+                     exact=["layers.1", "layers.2"], amp_reason="else", rule_digest="f00", data="there"),
+            make_run(Path("long"), 0.3, 0.4, epochs=3, weight_decay=0.0, norm="batch"),
+            make_run(Path("wild"), 0.2, diverged=7, lr=5.0),
+            make_run(Path("new"), epochs=12)]
+    status, out, err = compare(*runs)
+    assert status == 0 and err == "" and out.endswith("\n\ncompare.png\n")
+    head, _, *rows = cells(out.partition("\n\n")[0])
+    assert head == ["run", "rule", "test accuracy (%)", "epochs", "time", "what differs"]
+    assert rows == [
+        ["plain", "fa", "25.0", "2", "1m 03s", "--seed 0, --lr 0.02, --weight-decay 0.0005"],
+        ["muon", "mine.py:Rule", "62.5", "2", "1m 03s",
+         "--muon, --seed 1, --exact layers.1 layers.2, --lr 0.02, --muon-lr 0.01, --weight-decay 0.0005"],
+        ["long", "fa", "unfinished, epoch 2 of 3: 40.0", "3", "1m 03s",
+         "--norm batch, --seed 0, --lr 0.02, --weight-decay 0.0"],
+        ["wild", "fa", "diverged at step 7", "2", "0m 32s", "--seed 0, --lr 5.0, --weight-decay 0.0005"],
+        ["new", "fa", "no finished epoch", "12", "0m 00s", "--seed 0, --lr 0.02, --weight-decay 0.0005"]]
+    assert Path("compare.png").read_bytes()[:4] == b"\x89PNG"
+    accuracy, loss = drawn[0].axes
+    assert loss.get_yscale() == "log" and "chance" in {line.get_label() for line in accuracy.lines}
+    assert [list(line.get_ydata()) for line in accuracy.lines[:5]] == [
+        [10, 25], [50, 62.5], [30, 40], [20], []]
+    assert [list(line.get_ydata()) for line in loss.lines] == [[2, 1], [2, 1], [2, 1], [2], []]
+    assert len({line.get_color() for line in loss.lines}) == 5
+    assert [a.get_color() for a in accuracy.lines[:5]] == [b.get_color() for b in loss.lines]
+    widths = [line.get_linewidth() for line in loss.lines]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 5
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [
+        "plain", "muon", "long (unfinished, epoch 2 of 3)", "wild (diverged at step 7)",
+        "new (no finished epoch)"]
+
+
+def test_the_table_as_a_csv_file(compare):
+    runs = [make_run(Path("a, b"), 0.1, 0.25, muon=True, muon_lr=0.01),
+            make_run(Path("c"), 0.3, epochs=12, lr=0.5), make_run(Path("d"), diverged=3)]
+    assert compare(*runs, "--csv", "t.csv", "--out", "p.svg")[0] == 0
+    with open("t.csv", newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["run", "rule", "test accuracy (%)", "state", "epochs", "seconds", "muon", "lr", "muon_lr"]
+    assert rows == [["a, b", "fa", "25.0", "finished", "2", "63.0", "True", "0.02", "0.01"],
+                    ["c", "fa", "30.0", "unfinished, epoch 1 of 12", "12", "31.5", "False", "0.5", ""],
+                    ["d", "fa", "", "diverged at step 3", "2", "1.0", "False", "0.02", ""]]
+    assert "<svg" in Path("p.svg").read_text() and not Path("compare.png").exists()
+
+
+def test_a_run_has_the_shortest_name_that_no_other_has(compare):
+    runs = [make_run(Path(name), 0.1, 0.2) for name in ("x/low/run", "x/high/run", "y/high/run", "other")]
+    out = compare(*runs, "other/../other", Path("x/low/run").absolute())[1]
+    assert [row[0] for row in cells(out.partition("\n\n")[0])[2:]] == [
+        "low/run", "x/high/run", "y/high/run", "other", "other", "low/run"]
+    assert cells(out)[2][5] == "–"
+
+
+def test_one_run_and_names_that_matplotlib_would_take_for_something_else(compare, monkeypatch):
+    drawn = figures(monkeypatch)
+    long = "fa-gain-3-" + "x" * 90 + "-muon-batch-gratings-cnn-s0"
+    assert compare(make_run(Path(long), 0.1, 0.2))[::2] == (0, "")
+    assert compare(make_run(Path("_a$b$_c$"), 0.1, 0.2), make_run(Path("new")))[::2] == (0, "")
+    (name,), (hidden, _) = ([text.get_text() for text in figure.legends[0].get_texts()] for figure in drawn)
+    assert len(name) == 100 and name.startswith("fa-gain-3-x") and name.endswith("-batch-gratings-cnn-s0")
+    assert "…" in name and hidden == "_a$b$_c$"
+
+
+def test_held_out_images_and_other_versions_are_not_taken_for_the_same(compare):
+    test, held_out = make_run(Path("a"), 0.1, 0.2), make_run(Path("b"), 0.1, 0.2, validate=60, version=1)
+    out = compare(test, held_out)[1]
+    assert cells(out)[0][2] == "test or held-out accuracy (%)"
+    assert [row[5] for row in cells(out)[2:4]] == ["version 2", "--validate 60, version 1"]
+    assert cells(compare(held_out)[1])[0][2] == "held-out accuracy (%)"
+
+
+def test_older_runs_lack_flags_that_came_later(compare):
+    config = json.loads((Path(make_run(Path("a"), 0.1, 0.2, exact=[])) / "config.json").read_text())
+    make_run(Path("b"), 0.1, 0.2)
+    del config["args"]["exact"], config["args"]["validate"]
+    Path("a/config.json").write_text(json.dumps(config))
+    assert [row[5] for row in cells(compare("a", "b")[1])[2:4]] == ["–", "–"]
+
+
+GOOD = '{"epoch": 1, "diverged": false, "step": 4, "train_loss": 1, "test_accuracy": 0.5, "seconds": 1}\n'
+WRONG = {
+    "no argument": ([], "arguments are required: RUN"),
+    "no such folder": (["nowhere"], "nowhere is no run: nowhere/config.json: No such file or directory"),
+    "no run": (["empty"], "empty is no run: empty/config.json: No such file"),
+    "a file": (["file"], "file is no run: file/config.json: Not a directory"),
+    "a broken name": (["two\nlines"], "two lines is no run"),
+    "config no JSON": ("config.json", "{", "run/config.json is damaged"),
+    "config garbage": ("config.json", b"\xff\xfe", "run/config.json is damaged"),
+    "config a list": ("config.json", "[]", "run/config.json is damaged"),
+    "config nothing": ("config.json", '{"args": {}}', "run/config.json is damaged ('epochs')"),
+    "config without epochs": ("config.json", '{"args": {"rule": "fa"}}', "is damaged ('epochs')"),
+    "config with words": ("config.json", json.dumps({"args": {**ARGS, "epochs": "two"}}), "is damaged"),
+    "a rule of numbers": ("config.json", json.dumps({"args": {**ARGS, "rule": 3}}), "is damaged"),
+    "half a line": ("log.jsonl", GOOD + GOOD[:30], "run/log.jsonl, line 2, is damaged"),
+    "log garbage": ("log.jsonl", b"\xff\xfe", "run/log.jsonl"),
+    "log of lists": ("log.jsonl", "[]\n", "run/log.jsonl, line 1, is damaged"),
+    "log of nothing": ("log.jsonl", "{}\n", "run/log.jsonl, line 1, is damaged ('diverged')"),
+    "log of words": ("log.jsonl", GOOD.replace("0.5", '"high"'), "line 1, is damaged"),
+    "log of NaN": ("log.jsonl", GOOD + GOOD.replace("0.5", "NaN"), "line 2, is damaged"),
+    "log of infinities": ("log.jsonl", GOOD.replace('s": 1}', 's": 1e999}'), "line 1, is damaged"),
+    "log deep": ("log.jsonl", "[" * 100_000, "line 1, is damaged"),
+    "log a folder": ("log.jsonl", None, "run/log.jsonl: Is a directory"),
+    "picture nowhere": (["run", "--out", "nowhere/x.png"], "cannot write nowhere/x.png: No such file or dir"),
+    "picture a folder": (["run", "--out", "empty"], "cannot write empty: Is a directory"),
+    "picture no name": (["run", "--out", "."], "cannot write ."),
+    "picture of no kind": (["run", "--out", "x.docx"], "cannot write x.docx: Format 'docx' is not supported"),
+    "table nowhere": (["run", "--csv", "nowhere/x.csv"], "cannot write nowhere/x.csv: No such file"),
+    "table a folder": (["run", "--csv", "empty"], "cannot write empty: Is a directory"),
+    "one file twice": (["run", "--csv", "x", "--out", "empty/../x"], "--csv and --out name the same file"),
+    "no flag": (["run", "--fast"], "unrecognized arguments: --fast"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_is_one_line(wrong, compare):
+    *what, said = WRONG[wrong]
+    make_run(Path("run"), 0.1, 0.2)
+    Path("empty").mkdir()
+    Path("file").touch()
+    if len(what) == 2:                                          # a file of the run, and what it holds
+        path, content = Path("run") / what[0], what[1]
+        path.unlink()
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = set(Path().rglob("*"))
+    status, _, err = compare(*(what[0] if len(what) == 1 else ["run"]))
+    assert status == 2 and err.count("\n") == 1 and err.startswith("report: ") and said in err
+    assert set(Path().rglob("*")) == before
+
+
+def test_without_matplotlib_there_is_a_table(compare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, out, err = compare(make_run(Path("run"), 0.1, 0.2), "--csv", "t.csv")
+    assert status == 2 and "| 20.0 " in out and Path("t.csv").exists()
+    assert err.startswith("report: cannot write compare.png: ") and err.count("\n") == 1
+
+
+def test_two_real_runs(tmp_path, monkeypatch):
+    drawn = figures(monkeypatch)
+    small = [*SMALL, "--width", "8", "--device", "cpu"]
+    assert train.main([*small, "--out", "fa"]) == 0
+    assert train.main([*small, "--muon", "--norm", "--rank", "--out", "repaired"]) == 0
+    assert [len(figure.axes) for figure in drawn] == [2, 3]     # with --rank, the rank of the error too
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}       # a terminal without "–"
+    done = subprocess.run([sys.executable, "-m", "harness.report", tmp_path / "fa", tmp_path / "repaired",
+                           "--out", tmp_path / "both.png", "--csv", tmp_path / "both.csv"],
+                          cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    fa, repaired = cells(done.stdout)[2:4]
+    final = [json.loads(Path(name, "log.jsonl").read_text().splitlines()[-1])["test_accuracy"]
+             for name in ("fa", "repaired")]
+    assert fa[:4] == ["fa", "fa", f"{100 * final[0]:.1f}", "2"] and fa[5] == "--lr 0.02"
+    assert repaired[2] == f"{100 * final[1]:.1f}"
+    assert repaired[5] == "--muon, --norm batch, --lr 0.05, --muon-lr 0.05, --rank 1"
+    assert done.stdout.endswith(f"\n{tmp_path / 'both.png'}\n") and (tmp_path / "both.png").exists()
+    assert [row.split(",")[0] for row in (tmp_path / "both.csv").read_text().splitlines()] == [
+        "run", "fa", "repaired"]
