@@ -38,6 +38,9 @@ RULES = {"bp": "backprop", "fa": "FA", "dfa": "DFA", "sign": "sign-symmetry", "k
          "frozen": "frozen features"}
 
 
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RecursionError)      # JSON, but not a run's
+
+
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 def percent(line: dict) -> str:
@@ -142,20 +145,21 @@ def table(experiment, lines: list[dict]) -> str:
 
 
 def headline(small, small_lines: list[dict], full, full_lines: list[dict]) -> str:
-    """The paper's table beside ours: at a small scale, and at full scale where that is measured."""
-    head = ["test accuracy (%)", "small scale", "n", "full scale", "n", "the paper, full scale"]
+    """The paper's table beside ours, by repair: at a small scale, and at full scale where that is measured."""
+    scales = [("", small, small_lines)] + [(", full scale", full, full_lines)] * bool(full_lines)
+    head = ["test accuracy (%)", *(f"{rule}{scale}" for scale, _, _ in scales for rule in ("backprop", "FA")),
+            "FA, the paper at full scale"]
     rows = []
-    for label in full.cells:
-        cells = [select(small_lines, label), select(full_lines, label)]
-        row = [label]
-        for cell in cells:
-            row += [accuracy(cell), str(len(cell))] if cell else ["–", ""]
-        rows.append([*row, full.paper.get(label, "–")])
-    notes = [f"Small scale: {small.scale}"]
-    if full_lines:
-        notes.append(f"Full scale: {full.scale}")
-    else:
-        head, rows = [*head[:3], head[5]], [[*row[:3], row[5]] for row in rows]
+    for repair in ("", " + Muon", " + norm", " + Muon + norm"):
+        ours = [accuracy(select(lines, f"{rule}{repair}"))
+                for _, _, lines in scales for rule in ("backprop", "FA")]
+        rows.append([repair[3:] or "neither", *ours, full.paper.get(f"FA{repair}", "–")])
+    notes = []
+    for scale, experiment, lines in scales:
+        seeds = len({line["seed"] for line in lines})
+        what = f"{experiment.scale} {'One seed' if seeds == 1 else f'{seeds} seeds'}; frozen features reach"
+        notes.append(f"{'Full scale: ' if scale else ''}{what} {accuracy(select(lines, 'frozen features'))}.")
+    if not full_lines:
         notes.append(f"The full scale ({full.scale.rstrip('.')}) has not been measured here yet.")
     return markdown(head, rows) + "\n\n" + " ".join(notes)
 
@@ -315,7 +319,7 @@ def curves(path: Path, log: list[dict], title: str, classes: int | None = None,
     if ranks:
         error_ranks(axes[0, 2], ranks)
     for ax in (left, right):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if not finished:
             ax.text(0.5, 0.5, "diverged in the first epoch", ha="center", transform=ax.transAxes)
     figure.suptitle(title, fontsize=10)
@@ -358,8 +362,8 @@ def read_ranks(run: Path) -> tuple[str, list[dict]]:
     try:
         args = json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
         records = [json.loads(line) for line in (run / "rank.jsonl").read_text(encoding="utf-8").splitlines()]
-        return name_of(args), records
-    except (OSError, ValueError, KeyError) as e:
+        return name_of(args), [*records[:-1], dict(records[-1])]       # one at least
+    except (OSError, *DAMAGE) as e:
         raise files.Problem(f"{run} has no record of ranks ({e}); make one with train.py --rank") from e
 
 
@@ -413,7 +417,7 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     for axes in (by_depth, gradients, over_epochs, trajectory):
         axes.set_ylim(0, None)
     for axes in (by_depth, gradients, over_epochs, trajectory, alignment):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(*by_depth.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     save(figure, path)
 
@@ -474,7 +478,7 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
     axes.annotate("chance", (0.7 * max(last for _, last, _ in ends), low), xytext=(0, 7),
                   textcoords="offset points", color="#666666")
     axes.set(xlabel="epoch", ylabel=f"{measured(lines)} accuracy (%)", ylim=(0, None), xlim=(0.7, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def draw_recorded(path: Path, experiment, lines: list[dict]) -> None:
@@ -581,7 +585,6 @@ VIEWS = {"epochs": View(table, draw_epochs), "quick": View(quick_table, draw_qui
 
 # Arguments that have a column of their own, or are no choice of what is trained.
 NOT_COMPARED = ("rule", "epochs", "out", "data", "device_reason", "amp_reason", "rule_digest")
-DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RecursionError)      # JSON, but not a run's
 
 
 def read_run(folder: Path) -> dict:

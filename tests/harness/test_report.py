@@ -151,16 +151,18 @@ def figures(monkeypatch):
 
 
 def test_the_headline_shows_the_largest_scale_that_is_measured():
-    full = reproduce.Experiment("", "", {"FA": "", "FA + norm": "", "frozen features": ""},
-                                paper={"FA": 1.4, "FA + norm": 37.1}, scale="All of it.")
+    full = reproduce.Experiment("", "", {}, paper={"FA": 1.4, "FA + norm": 37.1}, scale="All of it.")
     small = full._replace(scale="A part.", paper={})
-    text = report.headline(small, [line("FA", 0.03), line("FA + norm", 0.1)], full, [])
-    assert cells(text.split("\n\n")[0])[2:] == [["FA", "3.0", "1", "1.4"], ["FA + norm", "10.0", "1", "37.1"],
-                                               ["frozen features", "–", "", "–"]]
-    assert "A part." in text and "All of it) has not been measured" in text
-    text = report.headline(small, [line("FA", 0.03)], full, [line("FA", 0.02), line("FA", 0.04, seed=1)])
-    assert cells(text.split("\n\n")[0])[2] == ["FA", "3.0", "1", "3.0 ± 1.4", "2", "1.4"]
-    assert "Full scale: All of it." in text and "not been measured" not in text
+    lines = [line("FA", 0.03), line("FA + norm", 0.1), line("backprop", 0.5), line("frozen features", 0.02)]
+    text = report.headline(small, lines, full, [])
+    assert cells(text.split("\n\n")[0])[2:5] == [["neither", "50.0", "3.0", "1.4"],
+                                                ["Muon", "not measured", "not measured", "–"],
+                                                ["norm", "not measured", "10.0", "37.1"]]
+    assert "A part. One seed; frozen features reach 2.0." in text
+    assert "All of it) has not been measured" in text
+    text = report.headline(small, lines, full, [line("FA", 0.02), line("FA", 0.04, seed=1)])
+    assert cells(text.split("\n\n")[0])[2] == ["neither", "50.0", "3.0", "not measured", "3.0 ± 1.4", "1.4"]
+    assert "Full scale: All of it. 2 seeds; frozen" in text and "not been measured" not in text
 
 
 def log(*losses):
