@@ -145,7 +145,7 @@ def table(experiment, lines: list[dict]) -> str:
 
 
 def headline(small, small_lines: list[dict], full, full_lines: list[dict]) -> str:
-    """The paper's table beside ours, by repair: at a small scale, and at full scale where that is measured."""
+    """The paper's table beside ours, by repair: at a small scale, and at full scale if that is measured."""
     scales = [("", small, small_lines)] + [(", full scale", full, full_lines)] * bool(full_lines)
     head = ["test accuracy (%)", *(f"{rule}{scale}" for scale, _, _ in scales for rule in ("backprop", "FA")),
             "FA, the paper at full scale"]
