@@ -121,7 +121,7 @@ EXPERIMENTS = {
              "FA, branches send nothing": "--rule assignments/examples/shortcuts_only.py:ShortcutsOnly",
              "B = W at the start": "--rule assignments/examples/transported_once.py:TransportedOnce",
              "B × 3": "--rule 'fa(gain=3)'", "B × 0.1": "--rule 'fa(gain=0.1)'"}.items() if label in labels},
-        seeds=3, scale=HELD_OUT + "10 epochs, Muon and batch normalisation."),
+        view="ways", seeds=3, scale=HELD_OUT + "10 epochs, Muon and batch normalisation."),
     "rules": Experiment(
         "Beyond the paper: the rules of fa.py in one common setting, with both repairs.",
         f"{CNN} --muon --norm",

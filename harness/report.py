@@ -191,6 +191,27 @@ def quick_table(experiment, lines: list[dict]) -> str:
                   for label in experiment.cells])
 
 
+def ways_table(experiment, lines: list[dict]) -> str:
+    """The table, and after the last epoch, by residual block: the branch's share of the error, and the angle
+    to backprop's error at the branch's end; and the mean ‖B‖ / ‖W‖ there."""
+    cells = []
+    for label in experiment.cells:
+        share, angle, size = ([by_block(line, *what) for line in select(lines, label)] for what in WAYS)
+        cells.append(f"{by_layer(share)} | {by_layer(angle)} | {mean([v for each in size for v in each], 2)}")
+    return wider(table(experiment, lines), "branch's share (%) | ∠ error (°) | ‖B‖ / ‖W‖", cells)
+
+
+# What is recorded of residual blocks: of which layer, under which name, and times what.
+WAYS = ("conv1", "branch", 100), ("conv2", "angle_error", 1), ("conv2", "norm_ratio", 1)
+
+
+def by_block(line: dict, part: str, key: str, times: float) -> list[float | None]:
+    """A number of each block's layer `part` after the last epoch, from the first block up."""
+    layers = line["rank"][-1]["layers"]
+    found = [layer.get(key) for name, layer in layers.items() if name.endswith(f".{part}")]
+    return [None if value is None else times * value for value in found]
+
+
 def by_layer(seeds: list[list[float | None]], digits: int = 0) -> str:
     """Each layer's mean over the seeds."""
     return ", ".join(mean(list(layer), digits) for layer in zip(*seeds)) or "–"
@@ -522,6 +543,33 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
     save(figure, path)
 
 
+def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
+    """Accuracies, and by residual block the branch's share of the error and its angle to backprop's."""
+    figure, ((left, middle, right),) = figure_of(1, 3, size=(15, 5))
+    labels = [label for label in experiment.cells if select(lines, label)]
+    tails = list(dict.fromkeys(label.partition(": ")[2] for label in labels))
+    shades, dashes = dict(zip(tails, colours(tails))), dict(zip(panels(experiment), ("-", "--", ":")))
+    for i, label in enumerate(labels):
+        panel, _, tail = label.partition(": ")
+        cell = select(lines, label)
+        left.barh(-i, mean_accuracy(cell), color=shades[tail])
+        left.text(mean_accuracy(cell), -i, f" {accuracy(cell)}", va="center", fontsize=8)
+        for ax, what in zip((middle, right), WAYS):
+            seeds = [[nan(value) for value in by_block(line, *what)] for line in cell]
+            heights = [statistics.mean(block) for block in zip(*seeds)]
+            if not all(math.isnan(height) for height in heights):
+                ax.plot(range(1, len(heights) + 1), heights, marker="o", markersize=4, color=shades[tail],
+                        linestyle=dashes[panel], label=label)
+    left.set_yticks(range(0, -len(labels), -1), labels, fontsize=8)
+    left.set_xlabel(f"{measured(lines)} accuracy (%)")
+    middle.set(ylim=(-3, 103), xlabel="residual block",
+               ylabel="share of the error that comes by the branch (%)")
+    right.set(ylim=(-3, 103), xlabel="residual block", ylabel="angle of the error to backprop's (degrees)")
+    right.axhline(90, color="#888888", linewidth=0.8, linestyle=":")
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    save(figure, path)
+
+
 def nan(value: float | None) -> float:
     return math.nan if value is None else value
 
@@ -577,6 +625,7 @@ class View(NamedTuple):
 
 
 VIEWS = {"epochs": View(table, draw_epochs), "quick": View(quick_table, draw_quick),
+         "ways": View(ways_table, draw_ways),
          "ranks": View(rank_table, draw_recorded), "sweep": View(sweep_table, draw_sweep),
          "map": View(map_table, draw_map)}
 

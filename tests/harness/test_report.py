@@ -55,6 +55,32 @@ def test_sweep_table():
     assert cnn_bp == ["CNN: backprop", "not measured", "30.0; 15"]
 
 
+def test_the_ways_of_the_error_by_residual_block(tmp_path, monkeypatch):
+    drawn = figures(monkeypatch)
+    experiment = reproduce.Experiment(
+        "", "", dict.fromkeys(["conv: FA", "conv: frozen", "pad: FA", "pad: bp"], ""))
+
+    def blocks(label, accuracy, seed, *shares):
+        result = line(label, accuracy, seed=seed)
+        result["rank"][-1]["layers"] = {
+            f"blocks.{i}.{part}": {"branch": share, "angle_error": 80 if share else None, "norm_ratio": 0.5}
+            for i, share in enumerate(shares) for part in ("conv1", "conv2")}
+        return result
+
+    lines = [blocks("conv: FA", 0.25, 0, 0.5, 0.1), blocks("conv: FA", 0.35, 1, 0.7, 0.3),
+             blocks("conv: frozen", 0.1, 0, None, None), blocks("pad: FA", 0.4, 0, 1.0, 0.0)]
+    assert cells(report.ways_table(experiment, lines))[2:] == [
+        ["conv: FA", "30.0 ± 7.1", "2", "60, 20", "80, 80", "0.50"],
+        ["conv: frozen", "10.0", "1", "–, –", "–, –", "0.50"],
+        ["pad: FA", "40.0", "1", "100, 0", "80, –", "0.50"],
+        ["pad: bp", "not measured", "0", "–", "–", "–"]]
+    report.draw_ways(tmp_path / "ways.png", experiment, lines)
+    left, middle, right = drawn[0].axes
+    assert [bar.get_width() for bar in left.patches] == pytest.approx([30, 10, 40])
+    assert [list(one.get_ydata()) for one in middle.lines] == [[60, 20], [100, 0]]
+    assert [one.get_linestyle() for one in middle.lines] == ["-", "--"]
+
+
 MAP = reproduce.Experiment("a claim", "",
                            {"He: backprop": "", "He: FA": "", "torch's: backprop": "", "torch's: FA": ""},
                            {"0.01": "0.01", "0.1": "0.1"}, "learning rate", "map")
