@@ -110,10 +110,10 @@ EXPERIMENTS = {
         "is it lost?",
         f"{RESNET} --epochs 10 --validate 10000 --muon --norm --rank 10",
         {f"{panel}: {label}": f"{flag} {own}".strip() for panel, flag, labels in (
-            ("1×1 convolutions", "", ("backprop", "FA", "FA, shortcuts exact", "FA, branches send nothing",
-                                      "B = W at the start", "frozen features")),
             ("no weights", "--shortcut pad", ("backprop", "FA", "FA, branches send nothing", "B × 3",
                                               "B × 0.1")),
+            ("1×1 convolutions", "", ("backprop", "FA", "FA, shortcuts exact", "FA, branches send nothing",
+                                      "B = W at the start", "frozen features")),
             ("no shortcuts", "--shortcut none", ("backprop", "FA")))
          for label, own in {
              "backprop": "--rule bp", "FA": "--rule fa", "frozen features": "--rule frozen",
