@@ -18,9 +18,10 @@ NOISE = "torch.randn(layer.input.shape, generator=self.generator)"
 MOVE = "layer.feedback += self.rate * (mean - layer.feedback)"
 SIGNS = "layer.weight.sign() * layer.feedback.abs()"
 
+QUICK = ["-k", "not learns"]
 # stub: (solution, what checks it, further arguments, {a wrong line: (what it replaces, what is said)})
 COURSE = {
-    "1_project.py:MyRule": ("project.py", RULES, ["--like", "fa"], {
+    "1_project.py:MyRule": ("project.py", RULES, [*QUICK, "--like", "fa"], {
         "layer.weight.detach().to(error.dtype)": (B, "backward reads W"),
         "error @ B.mT": ("error @ B", "in backward: RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         "more = 0": ("more = [wanted - size for wanted, size in zip(input_shape[2:], reached)]",
@@ -37,7 +38,7 @@ COURSE = {
         "X = matrix.div_(matrix.norm() + 1e-30)": ("X = matrix / (matrix.norm() + 1e-30)",
                                                    "it changed the matrix that it was given"),
     }),
-    "3_kolen_pollack.py:MyRule": ("kolen_pollack.py", RULES, ["--like", "kp"], {
+    "3_kolen_pollack.py:MyRule": ("kolen_pollack.py", RULES, [*QUICK, "--like", "kp"], {
         "super().prepare(layer)": ("layer.feedback = nn.Parameter(self.draw(layer))",
                                    "no parameters of the model, so no optimiser updates them"),
         "pass": (GRADIENT, "under kp, most of all 10.feedback"),
@@ -45,7 +46,7 @@ COURSE = {
         "learns = False": ("learns = True", "the feedback weights changed in training"),
         "layer.feedback.data.copy_(layer.weight)": (GRADIENT, "backward reads W"),
     }),
-    "4_weight_mirror.py:MyRule": ("weight_mirror.py", RULES, ["--aligns", "30"], {
+    "4_weight_mirror.py:MyRule": ("weight_mirror.py", RULES, [*QUICK, "--aligns", "30"], {
         "layer.feedback -= self.rate * (mean - layer.feedback)": (MOVE, "the angle between W and B is"),
         "torch.ones(layer.input.shape)": (NOISE, "the angle between W and B is"),
         "layer.feedback += self.rate * mean.mean()": (MOVE, "the angle between W and B is"),
