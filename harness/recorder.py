@@ -27,6 +27,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]
+    rules = {m.rule: m.rule.targets for m in model.modules() if hasattr(m, "rule")}
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = next(model.parameters()).device
@@ -43,6 +44,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
         for module, training in modes:
             module.training = training
+        for rule, targets in rules.items():
+            rule.targets = targets
 
 
 class Recorder:

@@ -128,6 +128,7 @@ def test_the_recorder_leaves_no_trace():
     gradients = [(p.grad, p.grad.clone()) for p in model.parameters()]
     modes, generator = [m.training for m in model.modules()], torch.get_rng_state()
     recorder.Recorder(model, handle, x, labels).measure()
+    assert handle.rule.targets is None
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is g and torch.equal(g, copy) for p, (g, copy) in zip(model.parameters(), gradients))
     assert modes == [m.training for m in model.modules()] and torch.equal(generator, torch.get_rng_state())
