@@ -27,7 +27,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]
-    rules = {m.rule: m.rule.targets for m in model.modules() if hasattr(m, "rule")}
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = next(model.parameters()).device
@@ -44,8 +43,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
         for module, training in modes:
             module.training = training
-        for rule, targets in rules.items():
-            rule.targets = targets
 
 
 class Recorder:
@@ -96,11 +93,13 @@ class Recorder:
         self._updates = {name: update.to(self.images.device) for name, update in state["updates"].items()}
 
     def measure(self) -> dict[str, dict]:
+        targets, self.handle.rule.targets = self.handle.rule.targets, self.labels
         with undisturbed(self.model):
             self.model.train()
             inputs, errors, gradients, branches = self._backward()
             with self.handle.exact():
                 _, exact_errors, exact, _ = self._backward()
+        self.handle.rule.targets = targets
         record = {}
         for name in inputs:
             layer = self.layers[name]
@@ -155,7 +154,6 @@ class Recorder:
         hooks += [block.conv1.register_forward_pre_hook(partial(enter, f"{name}.conv1"))
                   for name, block in self.model.named_modules() if isinstance(block, models.Block)]
         try:
-            self.handle.rule.targets = self.labels
             loss = self.loss(self.model(self.images), self.labels)
         finally:
             for hook in hooks:
