@@ -99,7 +99,8 @@ class Trainer:
             logits = self.network(self.normalise(images))
         loss = F.cross_entropy(logits.float(), labels)
         self.model.zero_grad()
-        self.handle.rule.targets = labels                           # for a rule that needs them
+        if self.handle.rule.needs_targets:
+            self.handle.rule.targets = labels
         loss.backward()                                             # fa.py's hooks run in here
         self.handle.before_step()
         with self.watched(), self.changed():                        # --rank; --cut and --flatten

@@ -93,7 +93,9 @@ class Recorder:
         self._updates = {name: update.to(self.images.device) for name, update in state["updates"].items()}
 
     def measure(self) -> dict[str, dict]:
-        targets, self.handle.rule.targets = self.handle.rule.targets, self.labels
+        targets = self.handle.rule.targets
+        if self.handle.rule.needs_targets:
+            self.handle.rule.targets = self.labels
         with undisturbed(self.model):
             self.model.train()
             inputs, errors, gradients, branches = self._backward()

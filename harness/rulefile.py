@@ -46,7 +46,8 @@ def load(text: str, saves: bool = True) -> type[fa.Rule]:
     """The class behind a name of fa.RULES, or behind FILE.py:CLASS, either with hyperparameters as in
     "fa(gain=3)", which then take the place of the constructor's defaults. Raises RuleFileError.
 
-    saves    what the rule keeps must fit into a checkpoint, or a run could not go on after an interruption
+    saves    what the rule keeps must fit into a checkpoint, or a run could not go on after an interruption;
+             and feedback that changes must be declared
     """
     base, given = parse(text)
     if base not in fa.RULES:
@@ -119,6 +120,21 @@ def make(rule: type[fa.Rule], seed: int) -> fa.Rule:
         raise RuleFileError(f"{rule.__name__}.__init__ does not call super().__init__(seed), which makes "
                             "self.generator")
     return made
+
+
+def feedback_digest(handle: fa.Attachment) -> str | None:
+    """Hexadecimal, of all feedback weights: it never changes, unless the rule `learns`.
+
+    None while some are not drawn yet.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, layer in handle.layers.items():
+        for made in handle.made[name]:
+            if getattr(layer, made).numel() == 0:
+                return None
+            digest.update(f"{name}.{made}".encode())
+            digest.update(getattr(layer, made).detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def explain(error: BaseException, text: str) -> str | None:
@@ -209,11 +225,17 @@ def _try(rule: type[fa.Rule], path: str, saves: bool) -> None:
             for layer in handle.layers.values():
                 layer.register_full_backward_hook(
                     lambda layer, sent, came: _finite(rule, layer, sent[0]))
+            drawn = None
             for _ in range(2):
-                handle.rule.targets = labels
+                if rule.needs_targets:
+                    handle.rule.targets = labels
                 F.cross_entropy(model(torch.randn(4, 3, 8, 8)), labels).backward()
+                drawn = drawn or feedback_digest(handle)
                 handle.before_step()
                 model.zero_grad()
+            if saves and not rule.learns and feedback_digest(handle) != drawn:
+                raise RuleFileError(f"{rule.__name__} changes its feedback weights; expected fixed ones, or "
+                                    "learns = True in the class")
             if saves:
                 _save(handle.rule, path)
             handle.remove()

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import math
 import os
@@ -154,7 +153,7 @@ class Run:
         if state:
             self._load(state)
         else:
-            self.feedback = feedback_digest(handle)
+            self.feedback = rulefile.feedback_digest(handle)
         if speaks:
             saw = {"digest": digest, "train_images": len(dataset.train_images) + (args.validate or 0)}
             self._open(state, damage, saw, header(args, model, optimisers, dataset))
@@ -305,7 +304,7 @@ class Run:
 
     def _checkpoint(self) -> None:
         """Write a checkpoint. Raises Problem if the rule changed its feedback weights and does not say so."""
-        now = feedback_digest(self.handle)
+        now = rulefile.feedback_digest(self.handle)
         if self.feedback and self.feedback != now and not self.handle.rule.learns:
             raise files.Problem(f"{self.args.rule}: the feedback weights have changed since the run began; "
                                 "expected a rule that leaves them alone, or says learns = True")
@@ -341,7 +340,7 @@ class Run:
             for key, value in state["interrupted"].items()}
         self.lines, self.ranks, self.step = state["log"], state["ranks"], state["step"]
         self.spent, self.feedback = state["spent"], state["feedback"]
-        if not self.handle.rule.learns and feedback_digest(self.handle) != self.feedback:
+        if not self.handle.rule.learns and rulefile.feedback_digest(self.handle) != self.feedback:
             raise files.Problem("the checkpoint's feedback weights are not those that the run began with")
 
 
@@ -534,21 +533,6 @@ def header(args: argparse.Namespace, model: nn.Module, optimisers: list[tuple[to
         weights = sum(p.numel() for p in tensors)
         lines.append(f"{kind}, learning rate {rate:g}: {len(tensors)} {what}, {weights:,} weights")
     return "\n".join(lines)
-
-
-def feedback_digest(handle: fa.Attachment) -> str | None:
-    """Hexadecimal, of all feedback weights: it never changes, unless the rule `learns`.
-
-    None while some are not drawn yet.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, layer in handle.layers.items():
-        for made in handle.made[name]:
-            if getattr(layer, made).numel() == 0:
-                return None
-            digest.update(f"{name}.{made}".encode())
-            digest.update(getattr(layer, made).detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def provenance() -> dict:

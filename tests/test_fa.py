@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fa
 import models
-from harness import session
+from harness import rulefile
 from conftest import ROOT
 
 
@@ -316,16 +316,16 @@ def test_a_step_that_the_rule_did_not_carry_is_refused(spoil, said):
 def test_the_digest_sees_every_bit_of_the_feedback():
     model, x, labels = resnet(dtype=torch.float32)
     handle = fa.attach(model, fa.FA(seed=1))
-    one = session.feedback_digest(handle)
+    one = rulefile.feedback_digest(handle)
     gradients(model, x, labels)
-    assert session.feedback_digest(handle) == one and len(one) == 32
-    other = session.feedback_digest(fa.attach(resnet(dtype=torch.float32)[0], fa.FA(seed=1)))
-    assert other == one != session.feedback_digest(fa.attach(resnet(dtype=torch.float32)[0], fa.FA(seed=2)))
+    assert rulefile.feedback_digest(handle) == one and len(one) == 32
+    other = rulefile.feedback_digest(fa.attach(resnet(dtype=torch.float32)[0], fa.FA(seed=1)))
+    assert other == one != rulefile.feedback_digest(fa.attach(resnet(dtype=torch.float32)[0], fa.FA(seed=2)))
     model.to(memory_format=torch.channels_last)
-    assert session.feedback_digest(handle) == one     # the layout in memory is nobody's business
+    assert rulefile.feedback_digest(handle) == one     # the layout in memory is nobody's business
     last = model.classifier.feedback.view(-1)
     last.view(torch.int32)[-1] ^= 1
-    assert session.feedback_digest(handle) != one
+    assert rulefile.feedback_digest(handle) != one
 
 
 def test_feedback_is_a_buffer_that_is_saved_moved_and_not_trained():

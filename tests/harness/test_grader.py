@@ -26,7 +26,7 @@ MIRROR = BEFORE_STEP + ("x = self.noise(layer)\n"                # noise in, cor
                         "        shape = (2, layer.in_features) if isinstance(layer, nn.Linear) else (2, "
                         "layer.in_channels, 9, 9)\n"
                         "        return torch.randn(shape, generator=self.generator).to(layer.weight)\n")
-EVERYTHING, W = "nothing could be checked", "does not use W on the way back"
+EVERYTHING, W = "nothing could be checked", "does not read W"
 CHANGES, SAVES, SEED = "leaves W and the error", "goes on from what it saved", "is deterministic"
 
 SUBMISSIONS = {         # its name: (source, the properties that it lacks, what is said)

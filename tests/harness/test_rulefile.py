@@ -277,3 +277,16 @@ def test_the_readmes_rule_is_a_whole_file(tmp_path, monkeypatch):
         one.prepare(layer)
         sent.append(one.backward(layer, error, torch.Size((2, 4))))
     assert torch.equal(*sent)
+
+
+def test_what_a_rule_must_declare_is_noticed_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    moves = "    def before_step(self, layer):\n        layer.feedback.mul_(0.9)\n"
+    unasked = BACKWARD + "return error * self.targets[0]\n"
+    for body, said in ((moves, "my_rule.py: MyRule changes its feedback weights; expected fixed ones, or"),
+                       (unasked, "my_rule.py, line 4, in backward: TypeError")):
+        body = HEAD + body
+        (tmp_path / "my_rule.py").write_text(body)
+        with pytest.raises(SystemExit):
+            train.main(["--rule", "my_rule.py:MyRule", *SMALL])
+        assert said in capsys.readouterr().err

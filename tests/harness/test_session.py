@@ -525,7 +525,8 @@ def test_two_runs_started_at_once_do_not_mix(tmp_path):
 def test_feedback_that_changes_in_secret_stops_the_run(capsys):
     Path("mine.py").write_text("import fa\nclass Mine(fa.FA):\n"
                                "    def backward(self, layer, error, input_shape):\n"
-                               "        layer.feedback.mul_(0.99)\n"
+                               "        if len(error) > 4:\n"                # not when it is tried
+                               "            layer.feedback.mul_(0.99)\n"
                                "        return super().backward(layer, error, input_shape)\n")
     assert train.main([*SMALL, "--rule", "mine.py:Mine", "--device", "cpu", "--out", "run"]) == 2
     err = capsys.readouterr().err
