@@ -42,7 +42,7 @@ import fnmatch
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -74,8 +74,10 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     check(layer)
     if error.dim() == 3:                                # one unbatched image
         return project(layer, weight, error[None], torch.Size((1, *input_shape)))[0]
-    before, after = zip(*(_padding(layer, axis) for axis in (0, 1)))
-    extra = [b - a for a, b in zip(before, after)]      # 'same' may pad one more at the end
+    before, extra = (0, 0) if layer.padding == "valid" else layer.padding, [0, 0]
+    if layer.padding == "same":                         # which may pad one more at the end
+        sums = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+        before, extra = [s // 2 for s in sums], [s % 2 for s in sums]
     n, channels, height, width = input_shape
     padded = (n, channels, height + extra[0], width + extra[1])
     # nn.grad.conv2d_input does the same, but first writes out a whole input, of which only the shape counts.
@@ -86,14 +88,6 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
         error, unread, weight, None, layer.stride, before, layer.dilation, False, (0, 0), layer.groups,
         (True, False, False))[0]
     return error[..., :height, :width] if any(extra) else error     # a view cannot be added to in place
-
-
-def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
-    """Zeros put before and after one spatial axis."""
-    if layer.padding == "same":
-        total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-        return total // 2, total - total // 2
-    return (0, 0) if layer.padding == "valid" else (layer.padding[axis],) * 2
 
 
 # ---- a rule ------------------------------------------------------------------------------------------------
@@ -131,15 +125,16 @@ class Rule:
     def before_step(self, layer: Layer) -> None:
         """Called for each hidden layer before the optimiser's step, for feedback that learns."""
 
-    def draw(self, layer: Layer) -> Tensor:
+    def draw(self, layer: Layer, shape: tuple[int, int] | None = None) -> Tensor:
         """A tensor like layer.weight, drawn on the CPU by the same initialiser: layer.initialise(tensor,
-        generator=...) where the model says one, else torch's default, uniform in ±1/√fan_in.
+        generator=...) where the model says one, else torch's default, uniform in ±1/√fan_in. Or a matrix of
+        another shape (out, in), drawn as the Linear layer of that shape would be.
         """
-        drawn = self._draw(layer.weight.shape, getattr(layer, "initialise", _torch_default))
-        return torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)     # its device and dtype
-
-    def _draw(self, shape: torch.Size, initialise: Callable[..., Tensor]) -> Tensor:
-        return initialise(torch.empty(shape), generator=self.generator)
+        torchs = functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5)
+        initialise = torchs if shape else getattr(layer, "initialise", torchs)
+        drawn = initialise(torch.empty(shape or layer.weight.shape), generator=self.generator)
+        like = layer.weight if shape is None else layer.weight.new_empty(shape)
+        return torch.empty_like(like).copy_(drawn)      # its device, dtype and order in memory
 
     def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to a process
         return {**vars(self), "generator": bytes(self.generator.get_state().tolist())}
@@ -155,34 +150,21 @@ class Rule:
     load_state_dict = __setstate__
 
 
-_torch_default = functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5)
-
-
-def _orthogonal(weight: Tensor) -> Tensor:
-    """The nearest tensor of the same norm whose matrix at each kernel position has equal singular values."""
-    positions = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]    # (kh·kw, out, in)
-    U, _, Vh = torch.linalg.svd(positions, full_matrices=False)
-    flat = (U @ Vh).permute(1, 2, 0).reshape(weight.shape)
-    return flat * (weight.norm() / flat.norm())
-
-
 class FA(Rule):
     """Feedback alignment: δ_in = Bᵀδ, with B drawn like W and fixed (Lillicrap et al. 2016; paper, Eq. 4).
 
-    gain        B is drawn so many times larger than W. It matters where another path carries the error too: a
-                residual block's shortcut is exact, so the gain weighs the branch against it
-    orthogonal  B at each kernel position is made orthogonal, of the norm drawn, and favours no direction
+    gain    B is drawn so many times larger than W. It matters where another path carries the error too: a
+            residual block's shortcut is exact, so the gain weighs the branch against it
     """
 
-    def __init__(self, seed: int = 0, gain: float = 1.0, orthogonal: bool = False):
+    def __init__(self, seed: int = 0, gain: float = 1.0):
         super().__init__(seed)
         if not 0 < gain < float("inf"):
             raise ValueError(f"gain={gain}: expected a finite number above 0")
-        self.gain, self.orthogonal = gain, orthogonal
+        self.gain = gain
 
-    def _draw(self, shape: torch.Size, initialise: Callable[..., Tensor]) -> Tensor:
-        drawn = super()._draw(shape, initialise)
-        return self.gain * (_orthogonal(drawn) if self.orthogonal else drawn)
+    def draw(self, layer: Layer, shape: tuple[int, int] | None = None) -> Tensor:
+        return self.gain * super().draw(layer, shape)
 
     def prepare(self, layer: Layer) -> None:
         layer.register_buffer("feedback", self.draw(layer))
@@ -252,10 +234,9 @@ def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple, seen: tu
             and sent.dtype in (error.dtype, placeholder.dtype)):        # under autocast they may be two
         got = (f"a tensor of shape {tuple(sent.shape)}, {sent.dtype} on {sent.device}"
                if isinstance(sent, Tensor) else f"{sent!r:.80}")
-        rule = type(layer.rule).__name__
-        raise RuleError(f"{rule}.backward returned {got} for {layer}; expected the error "
-                        f"at its input, shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, "
-                        "or None")
+        raise RuleError(f"{type(layer.rule).__name__}.backward returned {got} for {layer}; expected the "
+                        f"error at its input, shape {tuple(placeholder.shape)}, {error.dtype} on "
+                        f"{error.device}, or None")
     return sent.to(placeholder.dtype), *others
 
 
@@ -426,7 +407,7 @@ class DFA(FA):
         axes = len(self._batch)
         wanted = (self._error.shape[1], input_shape[axes:].numel())
         if layer.feedback.numel() == 0 and not hasattr(layer, "_is_replica"):   # DataParallel's forget
-            layer.feedback = self._draw(wanted, _torch_default).to(layer.weight)
+            layer.feedback = self.draw(layer, wanted)
         if input_shape[:axes] != self._batch or layer.feedback.shape != wanted:
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
                             f"{tuple(layer.feedback.shape)}; the output's error {tuple(self._error.shape)}; "

@@ -28,19 +28,18 @@ import torch
 from harness import files, flags, report, rulefile
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-DIVERGED = 3  # train.py's exit status where a number was not finite: a result like any other
+DIVERGED = 3                # train.py's exit status where a number was not finite: a result like any other
 CIFAR = {"cifar10": 50_000, "cifar100": 50_000}                 # training images
-REORDERED = 2  # the version that put CIFAR's images into another order; other data are as they were
+REORDERED = 2               # the version that put CIFAR's images into another order; no other data changed
+ORTHOGONAL = "assignments/examples/orthogonal.py:Orthogonal"
 # Not part of an experiment: where and in which precision it runs (each result says), and the recorder.
 NEUTRAL = ("out", "data", "device", "device_reason", "amp", "amp_reason", "rank", "graph")
 
 
 class Experiment(NamedTuple):
     claim: str                  # what the paper says, and what this tests
-    common: str  # arguments of all runs
-    cells: dict[
-        str, str
-    ]  # label -> arguments of its own; "panel: label" where the picture has several panels
+    common: str                 # arguments of all runs
+    cells: dict[str, str]       # label -> arguments of its own; "panel: label" for a picture of panels
     columns: dict[str, str] = {"": ""}      # each cell once with each column's text in place of {}
     axis: str = ""              # what the columns are
     view: str = "epochs"        # how report.py shows it
@@ -78,10 +77,11 @@ def key(args: dict, version: int) -> str:
     # A flag that came later is absent from older results; its default is None or False.
     chosen = {k: v for k, v in args.items() if k not in NEUTRAL and v is not None and v is not False
               and v != []}
-    given = {name: chosen.pop(f"feedback_{name}") for name in ("gain", "orthogonal")
-             if f"feedback_{name}" in chosen}                   # flags once, now the rule's hyperparameters
-    if given:
-        chosen["rule"] = rulefile.written(*rulefile.parse(rulefile.written(chosen["rule"], given)))
+    gain = chosen.pop("feedback_gain", None)                    # flags once, now a rule's hyperparameters
+    if chosen.pop("feedback_orthogonal", False):
+        chosen["rule"], chosen["rule_digest"] = ORTHOGONAL, rulefile.digest(ORTHOGONAL)
+    if gain:
+        chosen["rule"] = rulefile.written(*rulefile.parse(f"{chosen['rule']}(gain={gain})"))
     if args.get("amp_reason") == "as asked":                    # an experiment about precision
         chosen["amp"] = args["amp"]
     return json.dumps({**chosen, "version": version}, sort_keys=True)

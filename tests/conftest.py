@@ -11,8 +11,8 @@ from pathlib import Path
 # The tensors are tiny: one thread is faster, and its bits are the same on every machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -198,15 +198,18 @@ def test_hyperparameters_are_the_constructors_and_part_of_a_runs_identity(tmp_pa
     assert train.main(["--resume", "run", "--epochs", "3"]) == 0
 
 
-def test_results_from_when_they_were_flags_are_found():
-    asked = vars(flags.parse(["--rule", "fa(gain=3,orthogonal=True)"]))
-    old = {**asked, "rule": "fa", "feedback_gain": 3.0, "feedback_orthogonal": True}
-    plain = {**asked, "rule": "fa", "feedback_gain": None, "feedback_orthogonal": False}
+@pytest.mark.parametrize("rule, gain, orthogonal", [
+    ("fa(gain=3)", 3.0, False), (experiment.ORTHOGONAL, None, True),
+    (f"{experiment.ORTHOGONAL}(gain=3)", 3.0, True)])
+def test_results_from_when_they_were_flags_are_found(rule, gain, orthogonal):
+    asked = vars(flags.parse(["--rule", rule]))
+    plain = {**asked, "rule": "fa", "rule_digest": None}
+    old = {**plain, "feedback_gain": gain, "feedback_orthogonal": orthogonal}
     assert experiment.key(old, 2) == experiment.key(asked, 2) != experiment.key(plain, 2)
 
 
 @pytest.mark.parametrize("rule, said", {
-    "fa(gian=3)": "FA has no hyperparameter gian; it takes gain, orthogonal (and --seed gives its seed)",
+    "fa(gian=3)": "FA has no hyperparameter gian; it takes gain (and --seed gives its seed)",
     "fa(seed=3)": "FA has no hyperparameter seed",
     "bp(gain=3)": "BP has no hyperparameter gain; it takes none",
     "fa(gain=0)": "gain=0: expected a finite number above 0",
