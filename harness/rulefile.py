@@ -206,6 +206,13 @@ def _load(path: str, name: str, source: str, given: str, saves: bool) -> type[fa
         rule = configured(rule, json.loads(given)) if given != "{}" else rule
     except RuleFileError as e:
         raise RuleFileError(f"{path}: {e}") from e
+    for method in ("prepare", "release", "backward", "before_step"):
+        names = [*inspect.signature(getattr(fa.Rule, method)).parameters]
+        try:
+            inspect.signature(getattr(rule, method)).bind(*names)
+        except (TypeError, ValueError) as e:
+            raise RuleFileError(f"{_method(rule, method) or path + ': '}{name}.{method} cannot be called as "
+                                f"{method}({', '.join(names)}): {_line(e)}") from e
     _try(rule, path, saves)
     return rule
 
@@ -245,8 +252,10 @@ def _try(rule: type[fa.Rule], path: str, saves: bool) -> None:
         except fa.RuleError as e:
             raise RuleFileError(f"{_method(rule)}{_line(e)}") from e
         except (Exception, SystemExit) as e:                    # it is anybody's code
-            what = f"{path}: {rule.__name__}: {type(e).__name__}: {_line(e)}"
-            raise RuleFileError(_place(e, path) or what) from e
+            what = _place(e, path) or f"{path}: {rule.__name__}: {type(e).__name__}: {_line(e)}"
+            if isinstance(e, AttributeError) and e.name in ("input", "output") and not rule.needs_input:
+                what += "; expected needs_input = True in the class"
+            raise RuleFileError(what) from e
 
 
 def _save(rule: fa.Rule, path: str) -> None:
@@ -268,9 +277,9 @@ def _finite(rule: type[fa.Rule], layer: nn.Module, sent: torch.Tensor | None) ->
                             f"{layer}, whose own error was finite; expected finite numbers")
 
 
-def _method(rule: type[fa.Rule]) -> str:
-    """'my_rule.py, line 7: ', where its backward stands, if that is a function of Python."""
-    code = getattr(rule.backward, "__code__", None)
+def _method(rule: type[fa.Rule], method: str = "backward") -> str:
+    """'my_rule.py, line 7: ', where that method stands, if it is a function of Python."""
+    code = getattr(getattr(rule, method), "__code__", None)
     return f"{code.co_filename}, line {code.co_firstlineno}: " if code else ""
 
 
