@@ -294,9 +294,14 @@ def widths(count: int) -> list[float]:
 def loss_axis(ax) -> None:
     """Logarithmic: a loss that runs away and one that falls from 2 to 0.02 can both be read."""
     from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):                          # 0.6 and not 6e-01
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     ax.set(xlabel="epoch", ylabel="training loss (nats), logarithmic", yscale="log")
-    ax.yaxis.set_major_formatter(LogFormatter())
-    ax.yaxis.set_minor_formatter(LogFormatter())
+    ax.yaxis.set_major_formatter(Plain())
+    ax.yaxis.set_minor_formatter(Plain())
 
 
 def save(figure, path: Path) -> None:
@@ -320,8 +325,9 @@ def picture(path: Path, draw: Callable[[], object]) -> bool:
 # ---- pictures of runs --------------------------------------------------------------------------------------
 
 def curves(path: Path, log: list[dict], title: str, classes: int | None = None,
-           ranks: Sequence[dict] = ()) -> None:
-    """curves.png: loss; accuracies, and chance where `classes` are given; the error's rank if recorded."""
+           ranks: Sequence[dict] = (), images: str = "test") -> None:
+    """curves.png: loss; accuracies, on training and on `images`, and chance where `classes` are given; the
+    error's rank if recorded."""
     from matplotlib.ticker import MaxNLocator
     figure, axes = figure_of(1, 3 if ranks else 2, size=(14.5 if ranks else 9, 3.8))
     left, right = axes[0, :2]
@@ -330,7 +336,7 @@ def curves(path: Path, log: list[dict], title: str, classes: int | None = None,
     left.plot(epochs, [line["train_loss"] for line in finished], "o-", color="#000000", markersize=3)
     loss_axis(left)
     for key, label, style, shade in (("train_accuracy", "training images", "o--", "#999999"),
-                                     ("test_accuracy", "test images", "o-", "#000000")):
+                                     ("test_accuracy", f"{images} images", "o-", "#000000")):
         heights = [100 * line[key] for line in finished]
         right.plot(epochs, heights, style, markersize=3, color=shade, label=label)
     if classes:
@@ -346,7 +352,7 @@ def curves(path: Path, log: list[dict], title: str, classes: int | None = None,
     figure.suptitle(title, fontsize=10)
     figure.supxlabel(
         "Training accuracy is measured on augmented images, while the weights still change: it may "
-        "lie below test accuracy.",
+        f"lie below {images} accuracy.",
         fontsize=9,
     )
     save(figure, path)

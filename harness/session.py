@@ -298,7 +298,8 @@ class Run:
         if self.folder:
             path = self.folder / "curves.png"
             heading = f"{title(self.args)} · {self.args.model} · {self.args.dataset} · seed {self.args.seed}"
-            report.picture(path, lambda: report.curves(path, self.lines, heading, self.classes, self.ranks))
+            report.picture(path, lambda: report.curves(path, self.lines, heading, self.classes, self.ranks,
+                                                       measured(self.args)))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
