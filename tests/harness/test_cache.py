@@ -209,6 +209,12 @@ def test_a_bad_download_is_refused_and_the_next_run_tries_again(archive, tmp_pat
     assert len(load(tmp_path / "data")["train_images"]) == 20
 
 
+def test_no_network_and_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    failing(tmp_path, "cannot download cifar100 from http://127.0.0.1:9/.*Connection refused")
+    assert not listing(tmp_path)
+
+
 @pytest.mark.parametrize("what", ["archive", "batches"])
 def test_an_official_copy_that_lies_there_is_used_and_a_damaged_one_is_not_opened(archive, tmp_path, what):
     root, marker = tmp_path / "data", tmp_path / "marker"
@@ -259,11 +265,17 @@ def twice(c, count):
     return {**c, "test_images": test, "test_labels": torch.arange(200) % 100}
 
 
-def of_one_class(c, part, count):
-    return {**c, f"{part}_images": pictures(count, 3), f"{part}_labels": torch.full((count,), 7)}
+def of_one_class(c, count):
+    return {**c, "train_images": pictures(count, 3), "train_labels": torch.full((count,), 7)}
 
 
 WRONG = {
+    "no dict": (lambda c: [1, 2], "must be a dict"),
+    "classes no list": (lambda c: {**c, "classes": "apple"}, "must be a list of names"),
+    "a class no text": (lambda c: {**c, "classes": [*range(100)]}, "must be a list of names"),
+    "no tensor": (lambda c: {**c, "test_images": None}, "must be uint8"),
+    "no images": (lambda c: {**c, "test_images": c["test_images"][:0], "test_labels": c["test_labels"][:0]},
+                  "from 0 to 99"),
     "a key too many": (lambda c: {**c, "extra": 1}, "must be a dict"),
     "float images": (lambda c: {**c, "train_images": c["train_images"].float()}, "must be uint8"),
     "other size": (lambda c: {**c, "test_images": c["test_images"][..., 4:, 4:]}, "must be uint8"),
@@ -275,9 +287,8 @@ WRONG = {
     "cifar10": (lambda c: {**c, "classes": ["cat\nfish", *"abcdefghi"]},
                 r"has 10 classes, 'cat\nfish', a, b, c, d and 5 more"),
     "all black": (lambda c: {**c, "train_images": c["train_images"] * 0}, "images are all the same"),
-    "too many of a class": (lambda c: of_one_class(c, "train", 501),
+    "too many of a class": (lambda c: of_one_class(c, 501),
                             "it has 501 train images of one class, of 500"),
-    "too many to test": (lambda c: of_one_class(c, "test", 101), "it has 101 test images"),
     "test images trained on": (lambda c: twice(c, 3),
                                "3 of its 200 test images are training images too, bit for bit: number 5, "
                                "number 6, number 7;"),
@@ -298,7 +309,7 @@ def test_a_cache_of_something_else_is_refused_and_kept(tmp_path, wrong):
 def test_a_cache_of_a_part_of_the_set_is_read_and_said_to_be_one(tmp_path, monkeypatch, capsys):
     """CIFAR-100 itself has one test image in a thousand among its training images."""
     path = tmp_path / "cifar100.pt"
-    for content in (twice(good(), 2), of_one_class(good(), "train", 500)):
+    for content in (twice(good(), 2), of_one_class(good(), 500)):
         torch.save(content, path)
         load(tmp_path)
         count = len(content["train_labels"])

@@ -172,28 +172,6 @@ def test_a_checkpoint_every_30_seconds_and_at_the_end(monkeypatch):
     assert kept == [3, 6, 8]
 
 
-def test_a_power_cut_while_a_checkpoint_is_written(monkeypatch):
-    """Where its name changes; test_files.py tries the other moments."""
-    args = [*SMALL, "--epochs", "3"]
-    assert train.main([*args, "--out", "whole"]) == 0
-    real, count = os.replace, []
-
-    def dying(*paths):
-        count.extend(path for path in map(str, paths) if path.endswith("checkpoint.pt"))
-        if len(count) == 2:
-            raise Killed
-        return real(*paths)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", dying)
-        patch.setattr(Path, "unlink", lambda *_, **__: None)    # nobody cleans up after a power cut
-        train.main([*args, "--out", "parts"])
-    left = list(Path("parts").glob(".*.partial"))
-    assert train.main(["--resume", "parts"]) == 0
-    assert_same(Path("whole"), Path("parts"))
-    assert left and not list(Path("parts").glob(".*"))
-
-
 def flip(path):
     """One bit of a weight: torch.load would not notice."""
     with zipfile.ZipFile(path) as archive:
