@@ -1,6 +1,5 @@
 """harness/cache.py: CIFAR is downloaded once and verified, kept whole, and in one order; a cache that holds
-anything else is refused. The downloads are torchvision's real ones, from a server on this machine."""
-import contextlib
+anything else is refused. torchvision really downloads, an archive of made images from this machine."""
 import errno
 import fcntl
 import functools
@@ -24,73 +23,51 @@ from test_files import RunsCode
 
 from harness import cache, files
 
-COUNTS = {"train": 20, "test": 10}
 CIFAR100 = torchvision.datasets.CIFAR100
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Sends a file in two halves, so that a test can stop in between. torchvision asks twice, first for
-    redirections."""
-
-    def do_GET(self):
-        self.server.requests += 1
-        super().do_GET()
-
-    def copyfile(self, source, outputfile):
-        raw = source.read()
-        with contextlib.suppress(ConnectionError):              # who asked may be gone
-            outputfile.write(raw[:len(raw) // 2])
-            outputfile.flush()
-            self.server.halfway.release()
-            self.server.go_on.wait(60)
-            outputfile.write(raw[len(raw) // 2:])
-
-    def send_header(self, key, value):
-        super().send_header(key, str(self.server.promised or value) if key == "Content-Length" else value)
-
     def log_message(self, *args):
         pass
 
 
 class Archive:
-    """A CIFAR-100 archive of made images, served on 127.0.0.1."""
+    """A CIFAR-100 archive, served on 127.0.0.1 and known to torchvision by its checksums."""
 
     def __init__(self, folder: Path):
+        handler = functools.partial(Handler, directory=folder)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         generator = np.random.default_rng(0)
         self.pixels, self.members = {}, {"meta": pickle.dumps({"fine_label_names": NAMES})}
-        for part, n in COUNTS.items():
+        for part, n in (("train", 20), ("test", 10)):
             self.pixels[part] = generator.integers(0, 256, (n, 3072), dtype=np.uint8)
             self.members[part] = pickle.dumps({"data": self.pixels[part], "fine_labels": list(range(n))})
         self.path = folder / "cifar-100-python.tar.gz"
-        handler = functools.partial(Handler, directory=folder)
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.requests, self.server.promised = 0, None
-        self.server.halfway, self.server.go_on = threading.Semaphore(0), threading.Event()
-        self.server.go_on.set()
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def pack(self, members: dict[str, bytes]) -> dict:
-        """Write the archive; what torchvision has to know to find everything in order."""
+    def pack(self, monkeypatch, **members: bytes) -> None:
+        """Write the archive, with these members in place of the right ones."""
+        members = {**self.members, **members}
         with tarfile.open(self.path, "w:gz") as tar:
             for name, raw in members.items():
                 info = tarfile.TarInfo(f"cifar-100-python/{name}")
                 info.size = len(raw)
                 tar.addfile(info, io.BytesIO(raw))
         md5 = {name: hashlib.md5(raw).hexdigest() for name, raw in members.items()}
-        return {"url": f"http://127.0.0.1:{self.server.server_port}/{self.path.name}",
-                "tgz_md5": hashlib.md5(self.path.read_bytes()).hexdigest(),
-                "train_list": [["train", md5["train"]]], "test_list": [["test", md5["test"]]],
-                "meta": {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]}}
+        known = {"url": f"http://127.0.0.1:{self.server.server_port}/{self.path.name}",
+                 "tgz_md5": hashlib.md5(self.path.read_bytes()).hexdigest(),
+                 "train_list": [["train", md5["train"]]], "test_list": [["test", md5["test"]]],
+                 "meta": {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]}}
+        for key, value in known.items():
+            monkeypatch.setattr(CIFAR100, key, value)
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
     (tmp_path / "server").mkdir()
     made = Archive(tmp_path / "server")
-    for key, value in made.pack(made.members).items():
-        monkeypatch.setattr(CIFAR100, key, value)
+    made.pack(monkeypatch)
     yield made
-    made.server.go_on.set()
     made.server.shutdown()
     made.server.server_close()
 
@@ -136,10 +113,10 @@ def test_download_then_cache_then_no_network(archive, tmp_path):
         assert labels.tolist() == order and labels.dtype == torch.int64
         assert torch.equal(first[f"{part}_images"], torch.from_numpy(pixels[order]).view(-1, 3, 32, 32))
     assert first["classes"] == NAMES and first["train_images"].dtype == torch.uint8
-    requests = archive.server.requests
     shutil.rmtree(root / "cifar-100-python")
     (root / archive.path.name).unlink()
-    assert same(first, load(root)) and archive.server.requests == requests
+    archive.path.unlink()
+    assert same(first, load(root))
 
 
 def test_the_order_depends_on_the_images_alone(tmp_path):
@@ -161,25 +138,38 @@ def test_the_order_depends_on_the_images_alone(tmp_path):
         assert torch.equal(got["train_images"], content["train_images"][got["train_labels"]])
 
 
-def test_one_downloads_and_the_other_waits(archive, tmp_path, monkeypatch):
-    root, waits = tmp_path / "data", threading.Event()
+def at_once(work, module, name, monkeypatch):
+    """What work() gives in two threads, and how often it calls module.name, where the first is held until
+    the second waits for the lock."""
+    began, waits, go_on = threading.Event(), threading.Event(), threading.Event()
+    calls, real = [], getattr(module, name)
+
+    def slow(*args):
+        calls.append(args)
+        began.set()
+        go_on.wait(60)
+        return real(*args)
 
     class Lock(files.FileLock):
         def __enter__(self):
             waits.set()
             return super().__enter__()
 
-    archive.server.go_on.clear()
+    monkeypatch.setattr(module, name, slow)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(load, root)
-        for _ in range(2):                          # of the first answer, too, which torchvision throws away
-            assert archive.server.halfway.acquire(timeout=60)
+        first = pool.submit(work)
+        came = began.wait(60)
         monkeypatch.setattr(files, "FileLock", Lock)
-        second = pool.submit(load, root)
-        came = waits.wait(60)
-        archive.server.go_on.set()
-    assert came and same(first.result(), second.result())
-    assert archive.server.requests == 2 and listing(root) == BESIDE
+        second = pool.submit(work)
+        came = waits.wait(60) and came
+        go_on.set()
+    assert came
+    return first.result(), second.result(), len(calls)
+
+
+def test_one_downloads_and_the_other_waits(archive, tmp_path, monkeypatch):
+    first, second, downloads = at_once(lambda: load(tmp_path / "data"), cache, "_official", monkeypatch)
+    assert same(first, second) and downloads == 1 and listing(tmp_path / "data") == BESIDE
 
 
 def test_what_is_stopped_while_it_writes_leaves_nothing_half(archive, tmp_path, monkeypatch):
@@ -191,46 +181,37 @@ def test_what_is_stopped_while_it_writes_leaves_nothing_half(archive, tmp_path, 
         patch.setattr(torch, "save", save)
         load(tmp_path / "data")
     assert listing(tmp_path / "data") == BESIDE[:-1]
+    archive.path.unlink()                                       # what is verified stays
     load(tmp_path / "data")
-    assert archive.server.requests == 2                         # what is verified stays
 
 
-@pytest.mark.parametrize("fault", ["corrupt", "interrupted"])
-def test_a_bad_download_is_refused_and_the_next_run_tries_again(archive, tmp_path, fault):
+def test_a_bad_download_is_refused_and_the_next_run_tries_again(archive, tmp_path):
     raw = archive.path.read_bytes()
-    if fault == "interrupted":
-        archive.server.promised = len(raw)
-    archive.path.write_bytes(raw[:5000] if fault == "interrupted" else raw[:-1] + b"?")
-    message = failing(tmp_path / "data", "cannot download cifar100 from http://127.0.0.1")
-    assert "or put cifar-100-python.tar.gz or cifar100.pt into " in message
-    assert not (tmp_path / "data" / "cifar100.pt").exists() and archive.server.requests == 2
-    archive.server.promised = None
+    for bad in (raw[:-1] + b"?", raw[:5000], None):
+        archive.path.unlink() if bad is None else archive.path.write_bytes(bad)
+        message = failing(tmp_path / "data", "cannot download cifar100 from http://127.0.0.1")
+        assert "or put cifar-100-python.tar.gz or cifar100.pt into " in message
+        assert not (tmp_path / "data" / "cifar100.pt").exists()
     archive.path.write_bytes(raw)
     assert len(load(tmp_path / "data")["train_images"]) == 20
 
 
-def test_no_network_and_no_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    failing(tmp_path, "cannot download cifar100 from http://127.0.0.1:9/.*Connection refused")
-    assert not listing(tmp_path)
-
-
-@pytest.mark.parametrize("what", ["archive", "batches"])
+@pytest.mark.parametrize("what", ["cifar-100-python.tar.gz", "cifar-100-python/train"])
 def test_an_official_copy_that_lies_there_is_used_and_a_damaged_one_is_not_opened(archive, tmp_path, what):
     root, marker = tmp_path / "data", tmp_path / "marker"
     expected = load(root)
-    requests = archive.server.requests
+    away = archive.path.rename(tmp_path / "away")
     (root / "cifar100.pt").unlink()
-    copy = root / (archive.path.name if what == "archive" else "cifar-100-python/train")
-    if what == "archive":
+    if what == archive.path.name:
         shutil.rmtree(root / "cifar-100-python")
     else:
         (root / archive.path.name).unlink()
-    assert same(load(root), expected) and archive.server.requests == requests
+    assert same(load(root), expected)
     (root / "cifar100.pt").unlink()
-    shutil.rmtree(root / "cifar-100-python")
-    copy.parent.mkdir(exist_ok=True)
-    copy.write_bytes(pickle.dumps(RunsCode(marker)))
+    (root / what).write_bytes(pickle.dumps(RunsCode(marker)))
+    if what == archive.path.name:
+        shutil.rmtree(root / "cifar-100-python")
+    away.rename(archive.path)
     assert same(load(root), expected) and not marker.exists()
 
 
@@ -250,8 +231,7 @@ def test_a_cache_is_read_where_nothing_can_be_written_or_locked(archive, tmp_pat
 
 def test_a_download_is_checked_like_a_cache(archive, tmp_path, monkeypatch):
     content = {"data": archive.pixels["train"][:10], "fine_labels": list(range(10))}
-    for key, value in archive.pack({**archive.members, "test": pickle.dumps(content)}).items():
-        monkeypatch.setattr(CIFAR100, key, value)
+    archive.pack(monkeypatch, test=pickle.dumps(content))
     failing(tmp_path / "data", "10 of its 10 test images are training images too")
     assert not (tmp_path / "data" / "cifar100.pt").exists()
 

@@ -4,14 +4,12 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
 import torch
 from PIL import Image
-from test_cache import same
+from test_cache import at_once, same
 from torchvision.transforms.functional import to_pil_image
 
 from harness import files, folder
@@ -121,7 +119,7 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
     tiny, names = tmp_path / "tiny-imagenet-200", ["n01443537", "n01629819"]
     for name in names:
         (tiny / "train" / name / "images").mkdir(parents=True)
-        for i in range(3):
+        for i in (2, 9, 10):
             path = tiny / "train" / name / "images" / f"{name}_{i}.JPEG"
             Image.new("RGB", (64, 64), (10 * i, 0, 0)).save(path)
         (tiny / "train" / name / f"{name}_boxes.txt").write_text("boxes\n")
@@ -133,6 +131,7 @@ def test_tiny_imagenet_as_it_unpacks(tmp_path):
     annotations.write_text(f"val_0.JPEG\t{names[1]}\t0\t32\t44\t62\nval_1.JPEG\t{names[0]}\t1\t1\t2\t2\n")
     dataset = images(tiny, size=64)
     assert dataset["classes"] == names and dataset["train_labels"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert dataset["train_images"][-1, 0].float().mean() > 90          # by number: 10 comes after 9
     assert dataset["test_labels"].tolist() == [1, 0] and dataset["test_images"][1, 1].float().mean() > 90
     annotations.write_text(annotations.read_text().replace(names[0], names[1]))
     assert images(tiny, size=64)["test_labels"].tolist() == [1, 1]      # the same images under other labels
@@ -215,27 +214,5 @@ def test_a_cache_that_cannot_be_kept_is_done_without(tree, monkeypatch, capsys, 
 
 
 def test_one_decodes_and_the_other_waits(tree, monkeypatch):
-    began, waits, go_on = threading.Event(), threading.Event(), threading.Event()
-    calls, decode = [], folder._decode
-
-    def slow(*args):
-        calls.append(args)
-        began.set()
-        go_on.wait(60)
-        return decode(*args)
-
-    class Lock(files.FileLock):
-        def __enter__(self):
-            waits.set()
-            return super().__enter__()
-
-    monkeypatch.setattr(folder, "_decode", slow)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(images, tree)
-        came = began.wait(60)
-        monkeypatch.setattr(files, "FileLock", Lock)
-        second = pool.submit(images, tree)
-        came = waits.wait(60) and came
-        go_on.set()
-    assert came and same(first.result(), made()) and same(second.result(), made())
-    assert len(calls) == 2                                      # training images, test images
+    first, second, calls = at_once(lambda: images(tree), folder, "_decode", monkeypatch)
+    assert same(first, made()) and same(second, made()) and calls == 2      # training images, test images
