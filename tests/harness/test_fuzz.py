@@ -27,7 +27,7 @@ given, example, settings = hypothesis.given, hypothesis.example, hypothesis.sett
 
 # derandomize: a failure belongs to a change of the code, not to chance. No deadline: the first call of a
 # kernel is slow.
-settings.register_profile("suite", derandomize=True, deadline=None, max_examples=200)
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=150)
 settings.load_profile("suite")
 
 SEEDS = st.integers(0, 2 ** 32 - 1)
@@ -67,42 +67,19 @@ def convolutions(draw):
     return layer, (*images, layer.in_channels, *size)
 
 
-def laid_out(tensor, channels_last):
-    return tensor.to(memory_format=torch.channels_last) if channels_last and tensor.dim() == 4 else tensor
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@example((nn.Conv2d(2, 2, (3, 2), padding="same", dilation=(1, 3)), (2, 2, 5, 6)), 0, *[torch.float64] * 2,
-         False, False)
-@given(convolutions(), SEEDS, FLOATS, FLOATS, st.booleans(), st.booleans())
-def test_an_error_crosses_any_convolution_as_autograd_sends_it(case, seed, dtype, weight_dtype, weight_last,
-                                                               error_last):
+@example((nn.Conv2d(2, 2, (3, 2), padding="same", dilation=(1, 3)), (2, 2, 5, 6)), 0, *[torch.float64] * 2)
+@given(convolutions(), SEEDS, FLOATS, FLOATS)
+def test_an_error_crosses_any_convolution_as_autograd_sends_it(case, seed, dtype, weight_dtype):
     layer, shape = case
     weight = normal(seed, *layer.weight.shape, dtype=weight_dtype)
     x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     y = F.conv2d(x, weight.double(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
     error = normal(seed + 1, *y.shape, dtype=dtype)
     expected, = torch.autograd.grad(y, x, error.double())
-    got = fa.project(layer, laid_out(weight, weight_last), laid_out(error, error_last), torch.Size(shape))
+    got = fa.project(layer, weight, error, torch.Size(shape))
     assert (got.dtype == dtype
             and close(got, expected, 1e-5 if torch.float32 in (dtype, weight_dtype) else 1e-12))
-
-
-@given(st.lists(st.integers(0, 3), max_size=3), st.integers(1, 5), st.integers(1, 5), SEEDS, FLOATS)
-def test_an_error_crosses_any_linear_layer_as_autograd_sends_it(batch, inputs, outputs, seed, dtype):
-    weight, error = normal(seed, outputs, inputs, dtype=dtype), normal(seed + 1, *batch, outputs, dtype=dtype)
-    x = torch.zeros(*batch, inputs, dtype=dtype, requires_grad=True)
-    expected, = torch.autograd.grad(F.linear(x, weight), x, error)
-    got = fa.project(nn.Linear(inputs, outputs), weight, error, x.shape)
-    assert got.dtype == dtype and close(got, expected, 1e-5)
-
-
-@given(convolutions(), st.sampled_from(["reflect", "replicate", "circular"]))
-def test_a_convolution_that_pads_with_anything_but_zeros_is_a_value_error(case, mode):
-    layer, shape = case
-    layer.padding_mode = mode
-    with pytest.raises(ValueError, match=f"not padding_mode='{mode}'"):
-        fa.project(layer, layer.weight, torch.zeros(1, layer.out_channels, 1, 1), torch.Size(shape))
 
 
 # ---- muon.newton_schulz: the polynomial on the singular values of an SVD -----------------------------------
@@ -116,12 +93,10 @@ def stacks(draw, smallest=1):
     M = (normal(seed, *batch, m, r) @ normal(seed + 1, *batch, r, n) if draw(st.booleans()) else
          normal(seed, *batch, m, n))
     M = M * 10.0 ** draw(st.integers(-30, 100))
-    layout = draw(st.sampled_from(["contiguous", "transposed", "strided", "expanded"]))
+    layout = draw(st.sampled_from(["contiguous", "transposed", "strided"]))
     if layout == "transposed":
         return M.mT.contiguous().mT
-    if layout == "strided":
-        return torch.stack([M, M + 1], -1)[..., 0]
-    return M[:1].expand(*[2] * len(M.shape[:1]), *M.shape[1:]) if layout == "expanded" and batch else M
+    return torch.stack([M, M + 1], -1)[..., 0] if layout == "strided" else M
 
 
 def polynomial_of_the_singular_values(M, steps, eps=1e-7):
@@ -141,43 +116,15 @@ def test_newton_schulz_is_its_polynomial_of_the_singular_values(M, steps):
     assert torch.equal(M, before)
 
 
-@given(stacks(), st.floats(1e-20, 1e20))
-def test_newton_schulz_does_not_see_the_scale(M, scale):
-    hypothesis.assume(all(float(s * M.flatten(-2).norm(dim=-1).min()) > 1e-7 for s in (1, scale)))      # eps
-    assert close(muon.newton_schulz(scale * M, dtype=torch.float64),
-                 muon.newton_schulz(M, dtype=torch.float64), 1e-9)
-
-
 @given(stacks(smallest=0), st.sampled_from([torch.float32, torch.float64, torch.int64]),
        st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
-def test_newton_schulz_keeps_shape_and_finiteness_in_every_dtype(M, given_as, dtype):
+def test_newton_schulz_is_finite_in_every_dtype_and_zero_where_the_norm_overflows(M, given_as, dtype):
     got = muon.newton_schulz(M.clamp(-2 ** 60, 2 ** 60).to(given_as), dtype=dtype)
     assert got.shape == M.shape and got.dtype == dtype and got.isfinite().all()
-    assert not muon.newton_schulz(torch.zeros_like(M), dtype=dtype).any()
-
-
-@given(stacks(), st.sampled_from([math.inf, -math.inf, math.nan]), st.data())
-def test_newton_schulz_of_a_broken_matrix_is_nan_and_spares_its_neighbours(M, bad, choice):
-    M = M.clone().unsqueeze(0) if M.dim() == 2 else M.clone()
-    broken = choice.draw(st.integers(0, M[..., 0, 0].numel() - 1))
-    flat = M.flatten(0, -3)
-    flat[broken, 0, -1] = bad
-    got = muon.newton_schulz(flat, dtype=torch.float64)
-    alone = muon.newton_schulz(flat[torch.arange(len(flat)) != broken], dtype=torch.float64)
-    assert got[broken].isnan().all() and close(got[torch.arange(len(flat)) != broken], alone, 1e-9)
-
-
-@given(stacks(), st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
-def test_newton_schulz_of_what_is_too_large_is_zero(M, dtype):
-    hypothesis.assume(M.shape[-2:] != (1, 1))           # the norm of a number is taken without squaring it
-    M = torch.full_like(M, 1e160 if dtype == torch.float64 else 1e25)
-    assert not muon.newton_schulz(M, dtype=dtype).any()
-
-
-@given(st.lists(st.integers(0, 5), max_size=1))
-def test_newton_schulz_of_a_vector_is_a_value_error(shape):
-    with pytest.raises(ValueError, match="orthogonalises matrices"):
-        muon.newton_schulz(torch.ones(shape))
+    assert muon.newton_schulz(torch.full_like(M, math.nan), dtype=dtype).isnan().all()
+    if M.shape[-2:] != (1, 1):                          # the norm of a number is taken without squaring it
+        large = torch.full_like(M, 1e160 if dtype == torch.float64 else 1e25)
+        assert not muon.newton_schulz(large, dtype=dtype).any()
 
 
 # ---- rank.py: the formulas on the singular values of an SVD ------------------------------------------------
@@ -203,37 +150,13 @@ def matrices(draw):
     return M * 10.0 ** -torch.arange(n).double() if draw(st.booleans()) else M          # a steep spectrum
 
 
-@given(matrices(), FLOATS)
-def test_the_measures_are_their_formulas(M, dtype):
+@given(matrices(), FLOATS, st.floats(1e-290, 1e290))
+def test_the_measures_are_their_formulas_at_any_scale(M, dtype, scale):
     M = M.to(dtype)
-    got = measured(M)
-    assert got == pytest.approx(by_svd(M), rel=1e-5)
-    assert all(1 - 1e-9 <= value <= min(M.shape) * (1 + 1e-9) for value in got)
-
-
-@given(matrices(), SEEDS, st.floats(1e-290, 1e290))
-def test_the_measures_see_neither_scale_nor_rotation_nor_transposition(M, seed, scale):
-    P, Q = (torch.linalg.qr(normal(seed, size, size))[0] for size in M.shape)
-    for same in (scale * M, -M, M.mT, P @ M @ Q, M.flip(0)):
-        assert measured(same) == pytest.approx(measured(M), rel=1e-5)
-
-
-@given(st.integers(1, 6), st.integers(1, 6), FLOATS, st.sampled_from([math.inf, -math.inf, math.nan]),
-       st.data())
-def test_zero_has_rank_0_and_what_is_not_finite_has_none(m, n, dtype, bad, choice):
-    M = torch.zeros(m, n, dtype=dtype)
-    assert measured(M) == (0, 0, 0)
-    M[choice.draw(st.integers(0, m - 1)), choice.draw(st.integers(0, n - 1))] = bad
-    for measure in (rank.effective_rank, rank.participation_ratio, rank.stable_rank):
-        with pytest.raises(ValueError, match="infinite or NaN"):
-            measure(M)
-
-
-@given(st.lists(st.integers(0, 3), max_size=4).filter(lambda shape: len(shape) != 2 or 0 in shape))
-def test_what_is_no_matrix_has_no_rank(shape):
-    for measure in (rank.effective_rank, rank.participation_ratio, rank.stable_rank):
-        with pytest.raises(ValueError, match="non-empty matrix"):
-            measure(torch.ones(shape))
+    expected = by_svd(M)
+    for same in (M, scale * M.double(), M.mT):
+        assert measured(same) == pytest.approx(expected, rel=1e-5)
+    assert all(1 - 1e-9 <= value <= min(M.shape) * (1 + 1e-9) for value in measured(M))
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(1e300, 1.7e308))
@@ -263,27 +186,14 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def serialised(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def loads_or_says_why(root, content):
-    """The data set that the cache with these bytes gives, or None after a Problem of one line."""
-    (root / "cifar10.pt").write_bytes(content)
-    try:
-        return data.load("cifar10", root)
-    except files.Problem as e:
-        assert len(str(e).splitlines()) == 1
-        return None
-
-
+@example(damage=[], kind="flip")
 @example(damage=[(5000, 1)], kind="flip")                       # a pixel
 @given(damage=st.lists(st.tuples(st.integers(0, 2 ** 20), st.integers(1, 255)), min_size=1, max_size=4),
        kind=st.sampled_from(["flip", "cut", "insert"]))
 def test_a_cache_with_a_few_bytes_changed(root, damage, kind):
-    changed = bytearray(serialised(WHOLE._asdict()))
+    file = io.BytesIO()
+    torch.save(WHOLE._asdict(), file)
+    changed = bytearray(file.getvalue())
     for place, byte in damage:
         place %= max(1, len(changed))
         if kind == "flip":
@@ -292,46 +202,12 @@ def test_a_cache_with_a_few_bytes_changed(root, damage, kind):
             del changed[place:]
         else:
             changed.insert(place, byte)
-    got = loads_or_says_why(root, changed)
-    assert got is None or contents(got) == contents(WHOLE) and got.classes == WHOLE.classes
-
-
-def test_a_cache_that_is_not_damaged(root):
-    """Or the tests of damaged ones would prove nothing."""
-    assert contents(loads_or_says_why(root, serialised(WHOLE._asdict()))) == contents(WHOLE)
-
-
-TENSORS = st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype),
-                    st.lists(st.integers(0, 3), max_size=4),
-                    st.sampled_from([torch.uint8, torch.int64, torch.float32, torch.bool]))
-OBJECTS = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | TENSORS,
-    lambda inner: (st.lists(inner, max_size=3) |
-                   st.dictionaries(st.text() | st.integers(), inner, max_size=3)), max_leaves=6)
-
-
-@given(field=st.sampled_from(data.Dataset._fields), value=OBJECTS, whole_file=st.booleans())
-def test_a_cache_that_holds_something_else(root, field, value, whole_file):
-    assert loads_or_says_why(
-        root, serialised(value if whole_file else {**WHOLE._asdict(), field: value})) is None
-
-
-@example("train_labels", torch.Tensor.to_sparse)
-@given(st.sampled_from(data.Dataset._fields[:4]),
-       st.sampled_from([torch.Tensor.float, torch.Tensor.bool, torch.Tensor.to_sparse, lambda t: t.to("meta"),
-                        lambda t: t - 10, lambda t: t + 10, lambda t: t[:0], lambda t: t[0],
-                        lambda t: t[None], lambda t: t[..., 1:], lambda t: t.repeat(2, *[1] * (t.dim() - 1)),
-                        torch.Tensor.tolist, torch.Tensor.numpy]))
-def test_a_cache_with_a_tensor_that_is_not_right(root, field, change):
-    changed = {**WHOLE._asdict(), field: change(getattr(WHOLE, field))}
-    got = loads_or_says_why(root, serialised(changed))
-    assert got is None or field.endswith("images") and contents(got) == contents(data.Dataset(**changed))
-
-
-@example(content=b"G")  # a number that torch's reader looks for in the bytes to come
-@given(content=st.binary(max_size=200))
-def test_a_cache_of_any_bytes(root, content):
-    assert loads_or_says_why(root, content) is None
+    (root / "cifar10.pt").write_bytes(changed)
+    try:
+        got = data.load("cifar10", root)
+        assert contents(got) == contents(WHOLE) and got.classes == WHOLE.classes
+    except files.Problem as e:
+        assert damage and len(str(e).splitlines()) == 1
 
 
 # ---- flags.parse: arguments, or one line and status 2 ------------------------------------------------------
@@ -373,21 +249,6 @@ def test_any_arguments_are_taken_or_refused_in_one_line(pairs, joined):
 
 # ---- rulefile.load: a rule, or one line --------------------------------------------------------------------
 
-def rule_or_line(text):
-    try:
-        assert issubclass(rulefile.load(text), fa.Rule)
-    except rulefile.RuleFileError as e:
-        assert len(str(e).splitlines()) == 1, str(e)
-        return str(e)
-
-
-@given(st.text(st.characters(), max_size=20) | st.tuples(ANY_TEXT, ANY_TEXT).map(":".join)
-       | st.just("x" * 300 + ":y"))
-def test_any_name_of_a_rule(text):
-    hypothesis.assume(text not in fa.RULES)
-    assert rule_or_line(text)
-
-
 SOURCE = """import fa
 
 class MyRule(fa.FA):
@@ -398,13 +259,6 @@ PIECES = st.sampled_from([*"()[]{}:=.,'\"\\#\n \t\0é", "\n    ", "self", "fa", 
                           "lambda:", "def "])
 
 
-@given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
-def test_any_file_as_a_rule(tmp_path_factory, content):
-    file = tmp_path_factory.getbasetemp() / "any_rule.py"
-    file.write_bytes(content)
-    assert str(file) in rule_or_line(f"{file}:MyRule")
-
-
 @given(st.lists(st.tuples(st.integers(0, len(SOURCE)), st.integers(0, 6), PIECES), min_size=1, max_size=2),
        st.sampled_from(["MyRule", "MyRule", "fa", ""]))
 def test_a_rule_with_a_few_characters_changed(tmp_path_factory, edits, name):
@@ -412,5 +266,7 @@ def test_a_rule_with_a_few_characters_changed(tmp_path_factory, edits, name):
     for place, removed, piece in edits:
         source = source[:place] + piece + source[place + removed:]
     file.write_text(source, encoding="utf-8")
-    said = rule_or_line(f"{file}:{name}")
-    assert said is None or str(file) in said
+    try:
+        assert issubclass(rulefile.load(f"{file}:{name}"), fa.Rule)
+    except rulefile.RuleFileError as e:
+        assert len(str(e).splitlines()) == 1 and str(file) in str(e)

@@ -1,4 +1,5 @@
-"""Two processes train as one would: the same weights, and only one of them speaks and writes."""
+"""harness/parallel.py: two processes train as one would, to the same weights, and only one of them speaks and
+writes."""
 import json
 import os
 import subprocess
@@ -10,8 +11,6 @@ from conftest import ROOT
 
 import train
 from harness import parallel
-
-pytestmark = pytest.mark.slow
 
 # Run by two processes under torchrun, and by one alone: a few steps in float64 a case, to a file a case.
 WORKER = """
@@ -55,8 +54,7 @@ parallel.stop()
 parallel.leave(0)
 """
 CASES = ["--rule fa --norm", "--rule fa --muon --norm whiten", "--rule kp --muon", "--rule dfa --norm layer",
-         "--rule frozen --norm --model mlp --weight-decay 0.1", "--rule bp --norm --model resnet18 --width 8",
-         "--rule sign --rank"]
+         "--rule frozen --norm --model mlp --weight-decay 0.1", "--rule bp --norm --model resnet18 --width 8"]
 
 
 def launch(tmp_path, *command, processes):
@@ -77,6 +75,7 @@ def both(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_end_with_the_weights_of_one(case, both):
     alone, together = (torch.load(folder / f"{CASES.index(case)}.pt", weights_only=True) for folder in both)
@@ -87,6 +86,7 @@ def test_two_processes_end_with_the_weights_of_one(case, both):
     assert together["accuracy"] == alone["accuracy"]
 
 
+@pytest.mark.slow
 def test_only_one_process_speaks_and_writes(tmp_path):
     done = launch(tmp_path, str(ROOT / "train.py"), "--muon", "--norm", "--subset", "64", "--width", "4",
                   "--epochs", "2", "--device", "cpu", "--rank", processes=2)
@@ -109,17 +109,9 @@ def test_a_batch_that_cannot_be_divided_is_one_line(tmp_path, monkeypatch, capsy
 def test_shares_of_a_batch_are_the_batch(monkeypatch):
     """Also one that cannot be divided evenly."""
     batch, shares = torch.arange(22).view(11, 2), []
+    assert torch.equal(parallel.share(batch), batch) and torch.equal(parallel.total(batch), batch)    # one
     monkeypatch.setattr(parallel, "size", lambda: 4)
     for k in range(4):
         monkeypatch.setattr(parallel, "index", lambda k=k: k)
         shares.append(parallel.share(batch))
     assert torch.equal(torch.cat(shares), batch) and {len(share) for share in shares} == {2, 3}
-
-
-def test_one_process_alone_needs_none_of_it():
-    v = torch.randn(3)
-    assert not parallel.asked() and parallel.size() == 1 and parallel.index() == 0
-    assert parallel.total(v) is v and torch.equal(parallel.mean(v), v)
-    model = torch.nn.Linear(2, 2)
-    assert parallel.wrap(model, v, v) is model and parallel.leave(3) == 3
-    assert torch.equal(parallel.share(v), v)
