@@ -309,9 +309,9 @@ def test_shortcuts_only_sends_no_error_through_a_branch():
 
 # ---- networks that nobody prepared -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121"])
 def test_torchvisions_classifiers_with_b_equal_to_w_are_autograd(name):
-    """In training, with dropout, stochastic depth and in-place activations, as they come."""
+    """In training, with dropout and in-place activations, as they come."""
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(num_classes=5)
     x, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 3])
