@@ -160,13 +160,14 @@ class Tokens(nn.Module):
         return self.head(h + F.linear(h, self.qkv.weight) if "reads" in how else h)
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_weight_may_be_left_out_of_a_step_but_not_used_without_calling_its_layer(set_to_none):
+@pytest.mark.parametrize("zero", [lambda o: o.zero_grad(), lambda o: o.zero_grad(set_to_none=False),
+                                  lambda o: None], ids=["to none", "to zero", "never"])
+def test_a_weight_may_be_left_out_of_a_step_but_not_used_without_calling_its_layer(zero):
     model = Tokens()
     handle, optimiser = fa.attach(model, fa.FA()), torch.optim.SGD(model.parameters(), 0.1)
 
     def step(how):
-        optimiser.zero_grad(set_to_none=set_to_none)
+        zero(optimiser)
         model(torch.randn(5, 4), how).square().sum().backward()
         handle.before_step()
         optimiser.step()
@@ -228,6 +229,7 @@ def test_layers_that_are_not_known_keep_exact_backprop_and_are_named_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fa.attach(ours, fa.BP())                                # goes through everything
+    assert [*fa.find(nn.ConvTranspose2d(1, 4, 3))[1]] == [""]
 
 
 # ---- models that travel ------------------------------------------------------------------------------------
