@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT
 from test_reproduce import counted
 
-import fa
 import reproduce
 import train
 from harness import experiment, flags, rulefile
@@ -94,7 +93,7 @@ def test_a_broken_file_is_one_line_and_nothing_is_left_behind(source, refused):
 def test_a_file_that_cannot_be_read(refused):
     Path("binary.py").write_bytes(b"\xff\xfe\x00")
     for text, said in {
-        "missing.py:MyRule": "missing.py: No such file or directory; expected a Python file with the class My",
+        "missing.py:MyRule": "missing.py: No such file or directory; expected a Python file with the class",
         "lottery": "'lottery' is no rule: choose from bp, fa, dfa, sign, kp, frozen, or name a class in a",
         "binary.py:MyRule": "binary.py: 'utf-8' codec can't decode",
     }.items():
@@ -113,7 +112,8 @@ def test_an_error_in_the_middle_of_a_run_names_its_line_and_keeps_the_epochs_bef
     error = capsys.readouterr().err
     assert error.startswith(f"train.py: {said}") and error.count("\n") == 1
     (folder,) = Path("runs").iterdir()
-    assert folder.name == "late.MyRule-gratings-cnn-s0" and (folder / "log.jsonl").read_text().count("\n") == 1
+    assert folder.name == "late.MyRule-gratings-cnn-s0"
+    assert (folder / "log.jsonl").read_text().count("\n") == 1
 
 
 def test_an_error_of_ours_is_not_blamed_on_the_file(monkeypatch):
