@@ -18,7 +18,9 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -33,14 +35,17 @@ SPARE = 30      # seconds: a child ends itself when its time is over; if it has 
 
 # ---- in a child --------------------------------------------------------------------------------------------
 
+@dataclass
 class Child:
     """Runs pytest with one rule, and is the plugin that writes the results to its file `grades`."""
 
-    running = False                                     # in this process
-    known: dict[str, list] = {}                         # progress of fa.py's rules, trained once for all
-
-    def __init__(self, folder: Path, rule: str, seconds: int, known: dict[str, list], args: list[str]):
-        self.folder, self.rule, self.seconds, self.its_known, self.args = folder, rule, seconds, known, args
+    folder: Path
+    rule: str
+    seconds: int
+    its_known: dict[str, list]
+    args: list[str]
+    running: ClassVar = False                           # in this process
+    known: ClassVar[dict[str, list]] = {}               # progress of fa.py's rules, trained once for all
 
     def run(self) -> None:
         if hasattr(os, "setsid"):
@@ -188,14 +193,10 @@ def report(write) -> None:
             write(f"  FAILED  nothing could be checked: {next(iter(failed))}")
             continue
         for text, (kept, why) in grades.items():
-            if kept:
-                write(f"  ok      {text}")
-            elif text == failed[why][0]:
-                for each in failed[why]:
-                    write(f"  FAILED  {each}")
-            else:
-                continue                                        # stands above, with its reason
-            if why:
+            texts = [text] if kept else failed.pop(why, [])     # none if they stand above, with the reason
+            for each in texts:
+                write(f"  {'ok    ' if kept else 'FAILED'}  {each}")
+            if texts and why:
                 write(f"            {why}")
     write("")
     for rule in ranked():
@@ -224,7 +225,7 @@ def keep(write, config: pytest.Config) -> None:
         if table:
             with open(table, "w", newline="", encoding="utf-8") as file:
                 rows = csv.writer(file)
-                texts = list(dict.fromkeys(text for grades in GRADES.values() for text in grades))
+                texts = dict.fromkeys(text for grades in GRADES.values() for text in grades)
                 rows.writerow(["rule", "score", "of", "accuracy", *texts, "reasons"])
                 for rule in ranked():
                     grades = GRADES[rule]
@@ -243,13 +244,12 @@ def keep(write, config: pytest.Config) -> None:
 def draw(path: Path) -> None:
     """Accuracy by epoch of each rule, and the angle between its W and B, beside fa and bp."""
     figure, ((left, right),) = report_of.figure_of(1, 2, size=(10, 4))
-    names = {"fa": "FA", "bp": "backprop"}
-    labels = [names.get(rule) or rulefile.name(rule) for rule in PROGRESS]
-    for i, (progress, shade) in enumerate(zip(PROGRESS.values(), report_of.colours(labels))):
-        width = 4 - 2.6 * i / len(labels)                       # none hides another: see harness/report.py
+    labels = [report_of.RULES.get(rule) or rulefile.name(rule) for rule in PROGRESS]
+    for label, progress, shade, width in zip(labels, PROGRESS.values(), report_of.colours(labels),
+                                             report_of.widths(len(labels))):
         style = {"color": shade, "linewidth": width, "marker": "o", "markersize": width + 1.5}
         epochs = range(1, len(progress) + 1)
-        left.plot(epochs, [reached for reached, _ in progress], label=labels[i], **style)
+        left.plot(epochs, [reached for reached, _ in progress], label=label, **style)
         if progress[-1][1] is not None:
             right.plot(epochs, [degrees for _, degrees in progress], **style)
     left.set(xlabel="epoch", ylabel="test accuracy on gratings (%)", ylim=(0, 100))
