@@ -55,6 +55,7 @@ class Child:
             for number in range(3):
                 os.dup2(nothing.fileno(), number)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        self.folder.mkdir()
         with open(self.folder / "trace", "w") as trace:     # where it was when it crashed or ran out of time
             faulthandler.enable(trace)
             faulthandler.dump_traceback_later(self.seconds, exit=True, file=trace)
@@ -86,29 +87,25 @@ def run(session: pytest.Session) -> None:
         items.setdefault(item.callspec.params["submitted"], []).append(item)
     GRADES.update({rule: {} for rule in items})                 # in this order, whoever is ready first
     with tempfile.TemporaryDirectory() as folder:
-        folders = {rule: Path(folder, str(number)) for number, rule in enumerate(items)}
-        for place in folders.values():
-            place.mkdir()
-        option, seconds = session.config.getoption, session.config.getoption("--seconds")
-        context, children = _context(), {}
-        drawn, known = ["bp", "fa"] if option("--picture") else [], {}
+        option, context, known, children = session.config.getoption, _context(), {}, []
+        drawn = ["bp", "fa"] if option("--picture") else []
         if {item.originalname for item in session.items} & {"test_learns", "test_beats"}:
             with context.Pool(1) as pool:           # in a clean process, and not in this one: see _context
                 for name in {"frozen", option("--beats") or "frozen", *drawn}:
                     known[name] = pool.apply(_progress, (name,))
             PROGRESS.update((name, known[name]) for name in drawn)
         asked = [f"{name}={option(name)}" for name in ("--like", "--beats", "--aligns") if option(name)]
-        for rule, place in folders.items():
-            tests = list(dict.fromkeys(f"{item.path}::{item.originalname}" for item in items[rule]))
-            children[rule] = Child(place, rule, seconds, known, [f"--rule={rule}", *asked, *tests])
-        for rule, status in _run(context, children, seconds + SPARE):
-            judged = _judged(folders[rule])
-            for item in items[rule]:
-                outcome, why, noted = judged.get(item.originalname) or (
-                    "failed", _death(rule, folders[rule], status, seconds), {})
+        for rule, its in items.items():
+            tests = dict.fromkeys(f"{item.path}::{item.originalname}" for item in its)
+            children.append(Child(Path(folder, str(len(children))), rule, option("--seconds"), known,
+                                  [f"--rule={rule}", *asked, *tests]))
+        for child, status in _run(context, children):
+            judged = _judged(child.folder)
+            for item in items[child.rule]:
+                outcome, why, noted = judged.get(item.originalname) or ("failed", _death(child, status), {})
                 if "progress" in noted:
-                    PROGRESS[rule] = noted["progress"]
-                GRADES[rule][item.function.__doc__.splitlines()[0]] = outcome != "failed", why
+                    PROGRESS[child.rule] = noted["progress"]
+                GRADES[child.rule][item.function.__doc__.splitlines()[0]] = outcome != "failed", why
                 longrepr = (str(item.path), 0, why) if outcome == "skipped" else why
                 report = pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")
                 item.ihook.pytest_runtest_logreport(report=report)
@@ -123,24 +120,27 @@ def _context():
     return multiprocessing.get_context("fork" if fork else "spawn")
 
 
-def _run(context, children: dict[str, Child], seconds: float):
-    """As many at once as there are cores. Yields (rule, exit status, or None if it had to be killed)."""
+def _run(context, waiting: list[Child]):
+    """As many at once as there are cores. Yields (child, exit status, or None if it had to be killed)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting, running = list(children), {}
+    running: list[tuple] = []
     try:
         while waiting or running:
             while waiting and len(running) < cores:
-                process = context.Process(target=children[waiting[0]].run)
+                child = waiting.pop(0)
+                process = context.Process(target=child.run)
                 process.start()
-                running[waiting.pop(0)] = process, time.monotonic() + seconds
+                running.append((child, process, time.monotonic() + child.seconds + SPARE))
             time.sleep(0.02)
-            for rule, (process, end) in list(running.items()):
+            for each in running[:]:
+                child, process, end = each
                 status = process.exitcode                       # None: it is still running
                 if status is not None or time.monotonic() > end:
-                    _kill(running.pop(rule)[0])
-                    yield rule, status
+                    _kill(process)
+                    running.remove(each)
+                    yield child, status
     finally:                                                    # also after Ctrl-C
-        for process, _ in running.values():
+        for _, process, _ in running:
             _kill(process)
 
 
@@ -168,14 +168,14 @@ def _judged(folder: Path) -> dict[str, tuple[str, str, dict]]:
     return judged
 
 
-def _death(rule: str, folder: Path, status: int | None, seconds: int) -> str:
+def _death(child: Child, status: int | None) -> str:
     """Why a child judged no more properties."""
-    path = str(Path(rule.rpartition(":")[0]))
-    trace = (folder / "trace").read_text(errors="replace") if (folder / "trace").exists() else ""
+    path, trace = str(Path(child.rule.rpartition(":")[0])), child.folder / "trace"
+    trace = trace.read_text(errors="replace") if trace.exists() else ""
     frame = re.search(rf'File "{re.escape(path)}", line (\d+) in (.+)', trace)  # the innermost comes first
     where = frame[1] + (f", in {frame[2]}" if frame[2] != "<module>" else "") if frame else ""
     late = status is None or "Timeout (" in trace
-    what = (f"it was still running after {seconds} seconds; --seconds allows more" if late
+    what = (f"it was still running after {child.seconds} seconds; --seconds allows more" if late
             else f"it was killed by {signal.Signals(-status).name}" if status < 0
             else f"it ended Python itself, with exit status {status}")
     return f"{path}, line {where}: {what}" if where else what

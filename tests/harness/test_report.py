@@ -89,6 +89,15 @@ def test_the_rank_and_quick_tables_list_the_layers_below_the_classifier():
                                                                 ["FA", "60.0 ± 14.1", "2", "15, 25"]]
 
 
+def test_the_headline_shows_the_full_scale_once_it_is_measured():
+    full = reproduce.Experiment("", "", {}, paper={"FA": 1.4}, scale="All of it.")
+    small, lines = full._replace(scale="A part.", paper={}), [line("FA", 0.03), line("backprop", 0.5)]
+    text = report.headline(small, lines, full, [line("FA", 0.02), line("FA", 0.04, seed=1)])
+    assert cells(text)[2] == ["neither", "50.0", "3.0", "not measured", "3.0 ± 1.4", "1.4"]
+    assert "A part. One seed; frozen" in text and "Full scale: All of it. 2 seeds; frozen" in text
+    assert "All of it) has not been measured" in report.headline(small, lines, full, [])
+
+
 OVERFLOWN = line("FA", None, error=(math.nan, 3.0))
 OVERFLOWN["rank"][-1]["layers"]["layer 0"]["error"] = None
 
