@@ -139,12 +139,12 @@ def test_runs_are_spread_over_the_gpus_and_give_their_places_back(monkeypatch):
         monkeypatch.setattr(experiment.torch.cuda, "device_count", lambda: gpus)  # noqa: B023
         free = experiment.devices(asked, jobs)
         assert [free.get() for _ in range(jobs)] == places
-    free.put("cuda:1")
     for run in (lambda *args: args, lambda *args: 1 / 0):
+        free.put("cuda:1")
         monkeypatch.setattr(experiment, "run", run)
         with contextlib.suppress(ZeroDivisionError):
             assert experiment.run_at(free, "name") == ("name", "cuda:1")
-    assert free.get_nowait() == "cuda:1"
+        assert free.get_nowait() == "cuda:1"
 
 
 def test_the_callers_number_of_threads_is_kept(tiny, monkeypatch):
