@@ -11,7 +11,6 @@ compute or copy something; on a GPU each is at least one kernel launch, but a ca
 The ceiling of a precision is what large matrix products and convolutions reach in it, measured in the same
 process. A precision that the machine has no instructions for is left out.
 """
-import copy
 import itertools
 import json
 import math
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import fa  # noqa: E402
+import models  # noqa: E402
 import muon  # noqa: E402
 import rank  # noqa: E402
 import train  # noqa: E402
@@ -67,6 +66,17 @@ def in_turns(device: torch.device, rows: dict, rounds: int, repeat: int = 1) -> 
 def spread(seconds: list[float]) -> float:
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (0, 0, 0)
     return (high - low) / 2
+
+
+def row_of(group: str, name: str, seconds: list[float], against: str | None) -> dict:
+    return {"group": group, "row": name, "seconds": statistics.median(seconds), "spread": spread(seconds),
+            "against": against}
+
+
+def rows_of(group: str, seconds: dict[str, list[float]]) -> list[dict]:
+    """Each row against the first."""
+    first = next(iter(seconds))
+    return [row_of(group, name, each, None if name == first else first) for name, each in seconds.items()]
 
 
 # ---- the step ----------------------------------------------------------------------------------------------
@@ -135,12 +145,14 @@ def step_of(device: torch.device, width: int, batch: int, name: str, asked: str)
     return lambda: step(next(order))
 
 
+def resnet(width: int) -> nn.Module:
+    return models.resnet18(100, "batch", width).to(memory_format=torch.channels_last)
+
+
 def flops_an_image(width: int) -> int:
     """Of one training step by backprop, forward and backward, an image."""
-    import models
-    model, x = models.resnet18(100, "batch", width), torch.randn(2, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
-        model(x).square().sum().backward()
+        resnet(width)(torch.randn(2, 3, 32, 32)).square().sum().backward()
     return counter.get_total_flops() // 2
 
 
@@ -173,8 +185,8 @@ def step_rows(device: torch.device, width: int, batch: int, rounds: int, top: di
         median, captured = statistics.median(each), name.endswith("captured")
         # a graph's own peak is not seen
         peak = None if captured or not gpu else at_rest[name] + more_in(device, calls[name])
-        rows.append({"group": f"step, ResNet-18 of width {width}, batch {batch}", "row": name,
-                     "seconds": median, "spread": spread(each), "against": listed[name].against,
+        rows.append({**row_of(f"step, ResNet-18 of width {width}, batch {batch}", name, each,
+                              listed[name].against),
                      "images_per_second": batch / median,
                      "share_of_ceiling": batch * flops / median / top[listed[name].precision],
                      "peak_MiB": peak and peak / 2 ** 20,
@@ -201,22 +213,17 @@ def more_in(device: torch.device, call: Callable[[], None]) -> int:
 class CountOperations(TorchDispatchMode):
     """Operations that compute or copy something; on a GPU each is at least one kernel launch.
     Views are none."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter = Counter()
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if not function.is_view and "unsafe_view" not in str(function):
-            self.counts[str(function)] += 1
-        return result
+        self.count += not function.is_view and "unsafe_view" not in str(function)
+        return function(*args, **(kwargs or {}))
 
 
 def operations_of(call) -> int:
     with CountOperations() as counter:
         call()
-    return sum(counter.counts.values())
+    return counter.count
 
 
 def memory_rows(device: torch.device, width: int, batch: int, rounds: int) -> list[dict]:
@@ -232,9 +239,8 @@ def memory_rows(device: torch.device, width: int, batch: int, rounds: int) -> li
 def convolution_rows(device: torch.device, width: int, batch: int, rounds: int, precision: str) -> list[dict]:
     """Error and weight gradient of a step's hidden convolutions: by one call, as autograd does with W,
     or by two, as with B."""
-    import models
     calls, dtype = [], precisions(device)[precision]
-    model = models.resnet18(100, "batch", width).to(device, dtype, memory_format=torch.channels_last)
+    model = resnet(width).to(device, dtype)
 
     def see(layer: nn.Conv2d, inputs: tuple, output: torch.Tensor) -> None:
         geometry = (None, layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
@@ -245,22 +251,19 @@ def convolution_rows(device: torch.device, width: int, batch: int, rounds: int, 
     model(torch.randn(batch, 3, 32, 32, device=device, dtype=dtype).to(memory_format=torch.channels_last))
     backward = torch.ops.aten.convolution_backward
 
-    def one() -> None:
+    def run(*masks: tuple) -> None:
         for call in calls:
-            backward(*call, (True, True, False))
+            for mask in masks:
+                backward(*call, mask)
 
-    def two() -> None:
-        for call in calls:
-            backward(*call, (False, True, False))
-            backward(*call, (True, False, False))
-
-    return timed(device, f"backward of the {len(calls)} hidden convolutions, width {width}, batch {batch}, "
-                 f"{precision}", {"one call for both gradients": one, "two calls": two}, rounds)
+    ways = {"one call for both gradients": lambda: run((True, True, False)),
+            "two calls": lambda: run((False, True, False), (True, False, False))}
+    return rows_of(f"backward of the {len(calls)} hidden convolutions, width {width}, batch {batch}, "
+                   f"{precision}", in_turns(device, ways, rounds))
 
 
 def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
-    import models
-    hidden, _ = muon.split(models.resnet18(100, "batch", width).to(device, memory_format=torch.channels_last))
+    hidden, _ = muon.split(resnet(width).to(device))
     flat = [nn.Parameter(p.detach().flatten(1).clone()) for p in hidden]
     for p, q in zip(hidden, flat):
         p.grad = torch.randn_like(p)
@@ -268,33 +271,32 @@ def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
     ours = muon.Muon(hidden, 1e-6, weight_decay=0.01)
     theirs = torch.optim.Muon(flat, 1e-6, weight_decay=0.01)
     rows = {"torch.optim.Muon, flattened weights": theirs.step, "ours": ours.step}
-    result = timed(device, f"Muon step, the {len(hidden)} hidden matrices of ResNet-18, width {width}", rows,
-                   rounds)
+    result = rows_of(f"Muon step, the {len(hidden)} hidden matrices of ResNet-18, width {width}",
+                     in_turns(device, rows, rounds))
     for row, call in zip(result, rows.values()):
         row["operations"] = operations_of(call)
     return result
 
 
 def rank_rows(device: torch.device, rounds: int) -> list[dict]:
-    M = torch.randn(512, 4608, device=device)
-    M = M * torch.logspace(0, -2, 4608, device=device)
-    return timed(device, "effective rank of a 512 × 4608 matrix",
-                 {"torch.linalg.svdvals, float64": lambda: torch.linalg.svdvals(M.double()),
-                  "ours, float64 Gram matrix": lambda: rank.effective_rank(M)}, rounds)
+    M = torch.randn(512, 4608, device=device) * torch.logspace(0, -2, 4608, device=device)
+    ways = {"torch.linalg.svdvals, float64": lambda: torch.linalg.svdvals(M.double()),
+            "ours, float64 Gram matrix": lambda: rank.effective_rank(M)}
+    return rows_of("effective rank of a 512 × 4608 matrix", in_turns(device, ways, rounds))
 
 
 def epoch_rows(device: torch.device, rounds: int) -> list[dict]:
     """The data's part of an epoch: order, crops and flips of 50,000 images."""
     images = torch.randint(256, (50000, 3, 32, 32), dtype=torch.uint8, device=device)
-    labels, generator = (torch.zeros(50000, dtype=torch.int64, device=device),
-                         torch.Generator(device).manual_seed(0))
+    labels = torch.zeros(50000, dtype=torch.int64, device=device)
+    generator = torch.Generator(device).manual_seed(0)
 
     def epoch() -> None:
         for _ in data.batches(images, labels, 512, generator):
             pass
 
-    return timed(device, "data of an epoch, 50,000 images in batches of 512",
-                 {"order, crops and flips": epoch}, rounds)
+    return rows_of("data of an epoch, 50,000 images in batches of 512",
+                   in_turns(device, {"order, crops and flips": epoch}, rounds))
 
 
 def start_rows(device: torch.device, rounds: int) -> list[dict]:
@@ -311,19 +313,7 @@ def start_rows(device: torch.device, rounds: int) -> list[dict]:
             stopped = time.perf_counter() - start
             process.wait()
             seconds.append(stopped - json.loads((out / "log.jsonl").read_text())["seconds"])
-    return [{"group": "start", "row": "from the command to the first step, gratings",
-             "seconds": statistics.median(seconds), "spread": spread(seconds), "against": None}]
-
-
-def timed(device: torch.device, group: str, rows: dict, rounds: int) -> list[dict]:
-    """Each row against the first."""
-    return rows_of(group, in_turns(device, rows, rounds))
-
-
-def rows_of(group: str, seconds: dict[str, list[float]]) -> list[dict]:
-    first = next(iter(seconds))
-    return [{"group": group, "row": name, "seconds": statistics.median(each), "spread": spread(each),
-             "against": None if name == first else first} for name, each in seconds.items()]
+    return [row_of("start", "from the command to the first step, gratings", seconds, None)]
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -378,8 +368,8 @@ def main(argv: list[str] | None = None) -> int:
     memory = memory_rows(device, width, max(args.batch_sizes), args.rounds) if device.type == "cpu" else []
     graph.prepare(device)
     top = {precision: ceiling(device, dtype) for precision, dtype in precisions(device).items()}
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
-            f"CPU, {torch.get_num_threads()} threads")
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name} · torch {torch.__version__} · large matrix products reach "
           + ", ".join(f"{reached / 1e12:.3g} TFLOP/s in {precision}" for precision, reached in top.items()))
     if "bf16" not in top:
@@ -399,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         content = {"device": name, "rounds": args.rounds, "ceiling_flop_per_second": top,
                    **session.provenance(), "rows": rows}
-        files.write_json(args.out, copy.deepcopy(content))
+        files.write_json(args.out, content)
         print(args.out)
     return 0
 

@@ -18,7 +18,9 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -33,14 +35,17 @@ SPARE = 30      # seconds: a child ends itself when its time is over; if it has 
 
 # ---- in a child --------------------------------------------------------------------------------------------
 
+@dataclass
 class Child:
     """Runs pytest with one rule, and is the plugin that writes the results to its file `grades`."""
 
-    running = False                                     # in this process
-    known: dict[str, list] = {}                         # progress of fa.py's rules, trained once for all
-
-    def __init__(self, folder: Path, rule: str, seconds: int, known: dict[str, list], args: list[str]):
-        self.folder, self.rule, self.seconds, self.its_known, self.args = folder, rule, seconds, known, args
+    folder: Path
+    rule: str
+    seconds: int
+    its_known: dict[str, list]
+    args: list[str]
+    running: ClassVar = False                           # in this process
+    known: ClassVar[dict[str, list]] = {}               # progress of fa.py's rules, trained once for all
 
     def run(self) -> None:
         if hasattr(os, "setsid"):
@@ -50,6 +55,7 @@ class Child:
             for number in range(3):
                 os.dup2(nothing.fileno(), number)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        self.folder.mkdir()
         with open(self.folder / "trace", "w") as trace:     # where it was when it crashed or ran out of time
             faulthandler.enable(trace)
             faulthandler.dump_traceback_later(self.seconds, exit=True, file=trace)
@@ -81,29 +87,25 @@ def run(session: pytest.Session) -> None:
         items.setdefault(item.callspec.params["submitted"], []).append(item)
     GRADES.update({rule: {} for rule in items})                 # in this order, whoever is ready first
     with tempfile.TemporaryDirectory() as folder:
-        folders = {rule: Path(folder, str(number)) for number, rule in enumerate(items)}
-        for place in folders.values():
-            place.mkdir()
-        option, seconds = session.config.getoption, session.config.getoption("--seconds")
-        context, children = _context(), {}
-        drawn, known = ["bp", "fa"] if option("--picture") else [], {}
+        option, context, known, children = session.config.getoption, _context(), {}, []
+        drawn = ["bp", "fa"] if option("--picture") else []
         if {item.originalname for item in session.items} & {"test_learns", "test_beats"}:
             with context.Pool(1) as pool:           # in a clean process, and not in this one: see _context
                 for name in {"frozen", option("--beats") or "frozen", *drawn}:
                     known[name] = pool.apply(_progress, (name,))
             PROGRESS.update((name, known[name]) for name in drawn)
         asked = [f"{name}={option(name)}" for name in ("--like", "--beats", "--aligns") if option(name)]
-        for rule, place in folders.items():
-            tests = list(dict.fromkeys(f"{item.path}::{item.originalname}" for item in items[rule]))
-            children[rule] = Child(place, rule, seconds, known, [f"--rule={rule}", *asked, *tests])
-        for rule, status in _run(context, children, seconds + SPARE):
-            judged = _judged(folders[rule])
-            for item in items[rule]:
-                outcome, why, noted = judged.get(item.originalname) or (
-                    "failed", _death(rule, folders[rule], status, seconds), {})
+        for rule, its in items.items():
+            tests = dict.fromkeys(f"{item.path}::{item.originalname}" for item in its)
+            children.append(Child(Path(folder, str(len(children))), rule, option("--seconds"), known,
+                                  [f"--rule={rule}", *asked, *tests]))
+        for child, status in _run(context, children):
+            judged = _judged(child.folder)
+            for item in items[child.rule]:
+                outcome, why, noted = judged.get(item.originalname) or ("failed", _death(child, status), {})
                 if "progress" in noted:
-                    PROGRESS[rule] = noted["progress"]
-                GRADES[rule][item.function.__doc__.splitlines()[0]] = outcome != "failed", why
+                    PROGRESS[child.rule] = noted["progress"]
+                GRADES[child.rule][item.function.__doc__.splitlines()[0]] = outcome != "failed", why
                 longrepr = (str(item.path), 0, why) if outcome == "skipped" else why
                 report = pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")
                 item.ihook.pytest_runtest_logreport(report=report)
@@ -118,24 +120,27 @@ def _context():
     return multiprocessing.get_context("fork" if fork else "spawn")
 
 
-def _run(context, children: dict[str, Child], seconds: float):
-    """As many at once as there are cores. Yields (rule, exit status, or None if it had to be killed)."""
+def _run(context, waiting: list[Child]):
+    """As many at once as there are cores. Yields (child, exit status, or None if it had to be killed)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting, running = list(children), {}
+    running: list[tuple] = []
     try:
         while waiting or running:
             while waiting and len(running) < cores:
-                process = context.Process(target=children[waiting[0]].run)
+                child = waiting.pop(0)
+                process = context.Process(target=child.run)
                 process.start()
-                running[waiting.pop(0)] = process, time.monotonic() + seconds
+                running.append((child, process, time.monotonic() + child.seconds + SPARE))
             time.sleep(0.02)
-            for rule, (process, end) in list(running.items()):
+            for each in running[:]:
+                child, process, end = each
                 status = process.exitcode                       # None: it is still running
                 if status is not None or time.monotonic() > end:
-                    _kill(running.pop(rule)[0])
-                    yield rule, status
+                    _kill(process)
+                    running.remove(each)
+                    yield child, status
     finally:                                                    # also after Ctrl-C
-        for process, _ in running.values():
+        for _, process, _ in running:
             _kill(process)
 
 
@@ -163,14 +168,14 @@ def _judged(folder: Path) -> dict[str, tuple[str, str, dict]]:
     return judged
 
 
-def _death(rule: str, folder: Path, status: int | None, seconds: int) -> str:
+def _death(child: Child, status: int | None) -> str:
     """Why a child judged no more properties."""
-    path = str(Path(rule.rpartition(":")[0]))
-    trace = (folder / "trace").read_text(errors="replace") if (folder / "trace").exists() else ""
+    path, trace = str(Path(child.rule.rpartition(":")[0])), child.folder / "trace"
+    trace = trace.read_text(errors="replace") if trace.exists() else ""
     frame = re.search(rf'File "{re.escape(path)}", line (\d+) in (.+)', trace)  # the innermost comes first
     where = frame[1] + (f", in {frame[2]}" if frame[2] != "<module>" else "") if frame else ""
     late = status is None or "Timeout (" in trace
-    what = (f"it was still running after {seconds} seconds; --seconds allows more" if late
+    what = (f"it was still running after {child.seconds} seconds; --seconds allows more" if late
             else f"it was killed by {signal.Signals(-status).name}" if status < 0
             else f"it ended Python itself, with exit status {status}")
     return f"{path}, line {where}: {what}" if where else what
@@ -188,14 +193,10 @@ def report(write) -> None:
             write(f"  FAILED  nothing could be checked: {next(iter(failed))}")
             continue
         for text, (kept, why) in grades.items():
-            if kept:
-                write(f"  ok      {text}")
-            elif text == failed[why][0]:
-                for each in failed[why]:
-                    write(f"  FAILED  {each}")
-            else:
-                continue                                        # stands above, with its reason
-            if why:
+            texts = [text] if kept else failed.pop(why, [])     # none if they stand above, with the reason
+            for each in texts:
+                write(f"  {'ok    ' if kept else 'FAILED'}  {each}")
+            if texts and why:
                 write(f"            {why}")
     write("")
     for rule in ranked():
@@ -224,7 +225,7 @@ def keep(write, config: pytest.Config) -> None:
         if table:
             with open(table, "w", newline="", encoding="utf-8") as file:
                 rows = csv.writer(file)
-                texts = list(dict.fromkeys(text for grades in GRADES.values() for text in grades))
+                texts = dict.fromkeys(text for grades in GRADES.values() for text in grades)
                 rows.writerow(["rule", "score", "of", "accuracy", *texts, "reasons"])
                 for rule in ranked():
                     grades = GRADES[rule]
@@ -243,13 +244,12 @@ def keep(write, config: pytest.Config) -> None:
 def draw(path: Path) -> None:
     """Accuracy by epoch of each rule, and the angle between its W and B, beside fa and bp."""
     figure, ((left, right),) = report_of.figure_of(1, 2, size=(10, 4))
-    names = {"fa": "FA", "bp": "backprop"}
-    labels = [names.get(rule) or rulefile.name(rule) for rule in PROGRESS]
-    for i, (progress, shade) in enumerate(zip(PROGRESS.values(), report_of.colours(labels))):
-        width = 4 - 2.6 * i / len(labels)                       # none hides another: see harness/report.py
+    labels = [report_of.RULES.get(rule) or rulefile.name(rule) for rule in PROGRESS]
+    for label, progress, shade, width in zip(labels, PROGRESS.values(), report_of.colours(labels),
+                                             report_of.widths(len(labels))):
         style = {"color": shade, "linewidth": width, "marker": "o", "markersize": width + 1.5}
         epochs = range(1, len(progress) + 1)
-        left.plot(epochs, [reached for reached, _ in progress], label=labels[i], **style)
+        left.plot(epochs, [reached for reached, _ in progress], label=label, **style)
         if progress[-1][1] is not None:
             right.plot(epochs, [degrees for _, degrees in progress], **style)
     left.set(xlabel="epoch", ylabel="test accuracy on gratings (%)", ylim=(0, 100))

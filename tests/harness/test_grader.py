@@ -1,35 +1,32 @@
-"""The grader: what a submission does is its own fault alone, is named for what it is, and is said once."""
+"""tests/grader.py: what a submission does is its own fault alone, is named for what it is, and is said once;
+then come the scores, a table and a picture. And tests/test_rule_contract.py: each property can be missed."""
+import csv
 import functools
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import conftest
+import grader
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.slow
-
 GRADER = [sys.executable, "-m", "pytest", ROOT / "tests" / "test_rule_contract.py", "-p", "no:cacheprovider"]
-HEAD = "import fa, torch\nfrom torch import nn\nclass MyRule(fa.FA):\n"
+HEAD = "import fa, torch\nclass MyRule(fa.FA):\n"
 PREPARE = "    def prepare(self, layer):\n        "
 BEFORE_STEP = "    def before_step(self, layer):\n        "
 BACKWARD = "    def backward(self, layer, error, input_shape):\n        "
 LEARNS, USES = "    learns = True\n", "    uses_weight = True\n"
 SEND = "return fa.project(layer, layer.feedback, error, input_shape)\n"
 SIGNS = "return fa.project(layer, layer.weight.sign() * layer.feedback.abs(), error, input_shape)\n"
-MIRROR = BEFORE_STEP + ("x = self.noise(layer)\n"                # noise in, correlation out
-                        "        with torch.no_grad():\n"
-                        "            y = layer.forward(x).flatten(1)\n"
-                        "            layer.feedback += 1e-3 * y.mean()\n"
-                        "    def noise(self, layer):\n"
-                        "        shape = (2, layer.in_features) if isinstance(layer, nn.Linear) else (2, "
-                        "layer.in_channels, 9, 9)\n"
-                        "        return torch.randn(shape, generator=self.generator).to(layer.weight)\n")
+COUNTS = "    calls = 0\n" + BACKWARD + (
+    "self.calls += 1\n        return fa.project(layer, layer.feedback / self.calls, error, input_shape)\n")
 EVERYTHING, W = "nothing could be checked", "does not read W"
-CHANGES, SAVES, SEED = "leaves W and the error", "goes on from what it saved", "is deterministic"
+CHANGES, SAVES = "leaves W and the error", "goes on from what it saved"
 
-SUBMISSIONS = {         # its name: (source, the properties that it lacks, what is said)
+SUBMISSIONS = {         # its name: (source, the properties that it lacks or None, what is said)
     "fine": (HEAD + "    pass\n", [], []),
     "signs": (HEAD + USES + BACKWARD + SIGNS, [], ["uses_weight = True; W is read in backward"]),
     # ---- weight transport
@@ -38,65 +35,43 @@ SUBMISSIONS = {         # its name: (source, the properties that it lacks, what 
                              [W], ["prepare reads W"]),
     "copies_before_step": (HEAD + LEARNS + BEFORE_STEP + "layer.feedback.copy_(layer.weight)\n",
                            [W], ["before_step reads W"]),
-    "copies_in_backward": (HEAD + LEARNS + BACKWARD + "layer.feedback.copy_(layer.weight)\n        " + SEND,
-                           [W], ["backward reads W"]),
-    "keeps_a_copy_of_its_own": (HEAD + "    copies = {}\n" + BACKWARD +
-                                "W = self.copies.setdefault(layer, layer.weight.clone())\n        "
-                                "return fa.project(layer, W, error, input_shape)\n",
-                                [W, SAVES], ["backward reads W"]),
     "copies_by_a_hook": (HEAD + LEARNS + PREPARE + "super().prepare(layer)\n"
                          "        layer.register_forward_pre_hook("
                          "lambda layer, args: (layer.feedback.copy_(layer.weight), None)[1])\n",
                          [W, "leaves plain backprop"], ["is backprop's own"]),
-    "mirror": (HEAD + LEARNS + USES + MIRROR, [], ["uses_weight = True; W is read in before_step"]),
-    "mirror_that_says_nothing": (HEAD + LEARNS + MIRROR, [W], ["before_step reads W"]),
-    "kp": (HEAD + LEARNS + PREPARE + "layer.feedback = nn.Parameter(self.draw(layer))\n" + BEFORE_STEP +
-           "layer.feedback.grad = layer.weight.grad.clone()\n", [], []),
     # ---- W and the error are not its own
     "halves": (HEAD + BACKWARD + "error *= 0.5\n        " + SEND, [CHANGES],
                ["backward changes the error that it is given"]),
     "moves_w_itself": (HEAD + BEFORE_STEP + "layer.weight.data -= 0.1 * layer.weight.grad\n", [CHANGES],
-                         ["before_step changes layer.weight"]),
-    "decays": (HEAD + BACKWARD + "layer.weight.data *= 0.99\n        " + SEND, [CHANGES],
-               ["backward changes layer.weight"]),
-    # ---- what is not saved
+                       ["before_step changes layer.weight"]),
+    # ---- what is not saved, or not seeded
     "forgetful": (HEAD + PREPARE + "self.B = getattr(self, 'B', {})\n"
                   "        self.B[layer] = self.draw(layer)\n" + BACKWARD +
                   "return fa.project(layer, self.B[layer], error, input_shape)\n", [SAVES],
                   ["cannot be saved"]),
-    "counts": (HEAD + "    calls = 0\n" + BACKWARD + "self.calls += 1\n        "
-               "return fa.project(layer, layer.feedback / self.calls, error, input_shape)\n", [], []),
-    "counts_in_vain": (HEAD + "    calls = 0\n    def state_dict(self):\n        return {}\n"
-                       "    def load_state_dict(self, state):\n        pass\n" + BACKWARD +
-                       "self.calls += 1\n        "
-                       "return fa.project(layer, layer.feedback / self.calls, error, input_shape)\n", [SAVES],
+    "counts": (HEAD + COUNTS, [], []),
+    "counts_in_vain": (HEAD + "    def state_dict(self):\n        return {}\n"
+                       "    def load_state_dict(self, state):\n        pass\n" + COUNTS, [SAVES],
                        ["goes another way than the rule that was saved"]),
     "unseeded": (HEAD + PREPARE + "layer.register_buffer('feedback', torch.rand(layer.weight.shape) - 0.5)\n"
-                 + BACKWARD + "return fa.project(layer, layer.feedback, error, input_shape)\n", [SEED], []),
+                 + BACKWARD + SEND, ["is deterministic"], []),
     # ---- what must not touch its neighbours
     "nonsense": ("import fa\nnonsense (", EVERYTHING, ["nonsense.py, line 2: SyntaxError"]),
-    "leaves": (HEAD + BACKWARD + "raise SystemExit(0)\n", EVERYTHING,
-               ["leaves.py, line 5, in backward: SystemExit: 0"]),
     "leaves_late": (HEAD + "    calls = 0\n" + BACKWARD + "self.calls += 1\n"
                     "        if self.calls > 12: raise SystemExit(0)\n        " + SEND, None,
-                    ["leaves_late.py, line 7, in backward: SystemExit: 0"]),
-    "ends": (HEAD + BACKWARD + "import os; os._exit(0)\n", EVERYTHING,
-             ["it ended Python itself, with exit status 0"]),
+                    ["leaves_late.py, line 6, in backward: SystemExit: 0"]),
     "ends_late": (HEAD + "    def __deepcopy__(self, memo):\n        import os; os._exit(3)\n",
                   ["works after copy.deepcopy", "leaves plain backprop behind"], ["with exit status 3"]),
-    "kills": (HEAD + BACKWARD + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n", EVERYTHING,
-              ["it was killed by SIGKILL"]),
     "crashes": (HEAD + BACKWARD + "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)\n", EVERYTHING,
-                ["crashes.py, line 5, in backward: it was killed by SIGSEGV"]),
+                ["crashes.py, line 4, in backward: it was killed by SIGSEGV"]),
     "asks": ("input('Which rule? ')\n", EVERYTHING, ["asks.py, line 1: EOFError"]),
     "interrupts": ("raise KeyboardInterrupt\n", EVERYTHING, ["it ended Python itself, with exit status 2"]),
-    "is_loud": ("print('loud ' * 10 ** 7)\n" + HEAD + "    pass\n", [], []),
-    "lingers": ("import threading, time\nthreading.Thread(target=time.sleep, args=(10 ** 6,)).start()\n" +
-                HEAD + "    pass\n", [], []),
-    "uses_float64": ("import torch\ntorch.set_default_dtype(torch.float64)\n" + HEAD + "    pass\n",
-                     None, []),
-    "patches": ("import fa\nfa.project = lambda layer, weight, error, shape: error.new_zeros(shape)\n"
-                "import warnings\nwarnings.simplefilter('error')\n" + HEAD + "    pass\n", None, []),
+    "is_loud_and_lingers": ("import threading, time\nprint('loud ' * 10 ** 7)\n"
+                            "threading.Thread(target=time.sleep, args=(10 ** 6,)).start()\n"
+                            + HEAD + "    pass\n", [], []),
+    "patches": ("import fa, torch, warnings\ntorch.set_default_dtype(torch.float64)\n"
+                "fa.project = lambda layer, weight, error, shape: error.new_zeros(shape)\n"
+                "warnings.simplefilter('error')\n" + HEAD + "    pass\n", None, []),
 }
 
 
@@ -105,7 +80,8 @@ def graded(folder, *args, **submissions):
     for name, source in submissions.items():
         (folder / f"{name}.py").write_text(source)
     rules = [text for name in submissions for text in ("--rule", f"{name}.py:MyRule")]
-    done = subprocess.run([*GRADER, *rules, *args], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([*GRADER, *rules, *args], cwd=folder, capture_output=True, text=True,
+                          input="an answer")                    # which no submission gets to read
     parts = [part for part in done.stdout.split("\n\n") if ".py:MyRule\n  " in part]
     return done, {part.split(".py:")[0].strip(): part for part in parts}
 
@@ -116,6 +92,7 @@ def everybody(tmp_path_factory):
                   **{name: source for name, (source, _, _) in SUBMISSIONS.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUBMISSIONS)
 def test_each_is_judged_by_itself(name, everybody):
     done, parts = everybody
@@ -131,6 +108,7 @@ def test_each_is_judged_by_itself(name, everybody):
     assert lacks is None or f"{score:2} of 11  {name}.py:MyRule" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_knowledge_of_pytest(everybody):
     done, parts = everybody
     assert done.returncode == 1 and parts.keys() == SUBMISSIONS.keys()
@@ -138,21 +116,15 @@ def test_the_report_needs_no_knowledge_of_pytest(everybody):
     assert done.stdout.count("of 11  ") == len(SUBMISSIONS) and "loud loud" not in done.stdout
 
 
+@pytest.mark.slow
 def test_one_that_never_ends(tmp_path):
-    done, parts = graded(tmp_path, "--seconds", "3", "-k", "not learns",
-                         loops=HEAD + BACKWARD + "while True: pass\n",
-                         waits="import time\ntime.sleep(10 ** 6)\n")
-    late = "it was still running after 3 seconds"
-    assert f"nothing could be checked: loops.py, line 5, in backward: {late}" in parts["loops"]
-    assert f"nothing could be checked: waits.py, line 2: {late}" in parts["waits"]
+    _, parts = graded(tmp_path, "--seconds", "3", "-k", "not learns",
+                      loops=HEAD + BACKWARD + "while True: pass\n")
+    assert ("nothing could be checked: loops.py, line 4, in backward: it was still running after 3 seconds"
+            in parts["loops"])
 
 
-def test_a_rule_to_be_like_that_cannot_be_read_is_nobodys_fault(tmp_path):
-    done, _ = graded(tmp_path, "--like", "no.py:MyRule", fine=HEAD + "    pass\n")
-    assert done.returncode == 4 and "fine" not in done.stdout
-    assert "--like no.py: No such file or directory" in done.stderr
-
-
+@pytest.mark.slow
 def test_an_interrupt_ends_everything(tmp_path):
     """The grader, the submission, and what the submission started."""
     (tmp_path / "starts.py").write_text(
@@ -168,12 +140,48 @@ def test_an_interrupt_ends_everything(tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.wait() == 2
-    for pid in map(int, pids.read_text().split()):
-        while True:                                             # killed; its parent may still have to notice
-            try:
-                state = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                break
-            if state == "Z":
-                break
-            time.sleep(0.05)
+
+    def is_gone(pid):
+        try:
+            return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    while not all(map(is_gone, pids.read_text().split())):      # killed, if perhaps not yet noticed
+        time.sleep(0.05)
+
+
+def test_grades_are_ranked_reported_kept_in_a_table_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    half = {"sends": (True, ""), "copies": (False, "it forgot"), "saves": (False, "it forgot"),
+            "reads": (True, "and says so")}
+    monkeypatch.setattr(grader, "GRADES", {
+        "none.py:R": dict.fromkeys(half, (False, "line 2")), "slow.py:R": half, "fast.py:R": half})
+    monkeypatch.setattr(grader, "PROGRESS", {"slow.py:R": [(40.0, 80.0), (50.0, 70.0)],
+                                             "fast.py:R": [(40.0, None), (60.0, None)]})
+    lines, names = [], ["fast.py:R", "slow.py:R", "none.py:R"]
+    grader.report(lines.append)
+    assert lines == ["\nnone.py:R", "  FAILED  nothing could be checked: line 2"] + [
+        line for name in ("slow.py:R", "fast.py:R")
+        for line in (f"\n{name}", "  ok      sends", "  FAILED  copies", "  FAILED  saves",
+                     "            it forgot", "  ok      reads", "            and says so")
+    ] + ["", " 2 of 4   60.0 %  fast.py:R", " 2 of 4   50.0 %  slow.py:R", " 0 of 4  none.py:R"]
+
+    asked = {"--csv": "grades.csv", "--picture": tmp_path / "grades.png"}
+    grader.keep(lines.append, SimpleNamespace(getoption=asked.get))
+    with open("grades.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rule"] for row in rows] == names
+    assert rows[0] == {"rule": "fast.py:R", "score": "2", "of": "4", "accuracy": "60.0", "sends": "1",
+                       "copies": "0", "saves": "0", "reads": "1", "reasons": "it forgot"}
+    assert not rows[2]["accuracy"] and (tmp_path / "grades.png").read_bytes().startswith(b"\x89PNG")
+    asked["--csv"] = "no/where.csv"
+    grader.keep(lines.append, SimpleNamespace(getoption=asked.get))
+    assert lines[-1] == "\nno/where.csv cannot be written: No such file or directory"
+
+
+def test_a_rule_to_be_like_that_cannot_be_read_is_no_submissions_fault():
+    asked = {"--seconds": 120, "--rule": ["fine.py:MyRule"], "--like": "no.py:MyRule"}
+    config = SimpleNamespace(getoption=asked.get, option=SimpleNamespace())
+    with pytest.raises(pytest.UsageError, match="--like no.py: No such file or directory"):
+        conftest.pytest_configure(config)
