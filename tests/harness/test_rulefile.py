@@ -76,7 +76,7 @@ BROKEN = {                                                      # source: (line 
         (4, "has no attribute 'input'; expected needs_input = True in the class"),
     HEAD + "    def before_step(self):\n        pass\n":
         (3, "MyRule.before_step cannot be called as before_step(self, layer)"),
-    HEAD + "    backward = None\n": (None, "MyRule.backward cannot be called as backward(self, layer, error,"),
+    HEAD + "    backward = None\n": (None, "MyRule.backward cannot be called as backward(self, layer,"),
     HEAD + "    def before_step(self, layer):\n        raise ValueError('two\\nlines')\n":
         (4, "in before_step: ValueError: two lines"),
     HEAD + "    def before_step(self, layer):\n        layer.feedback.mul_(0.9)\n":
