@@ -304,7 +304,7 @@ class Attachment:
         first = functools.partial(_stem_is_first, self._mode)
         self._hooks = [model.register_load_state_dict_pre_hook(_fit),
                        *(layer.register_forward_pre_hook(first, with_kwargs=True) for layer in stem.values())]
-        self._gradients = self._versions()
+        self._see_gradients()
 
     def __repr__(self) -> str:
         stem = f"; the stem is {', '.join(self._stem)}" if self._stem else ""
@@ -315,13 +315,14 @@ class Attachment:
 
         Raises HookError if the rule did not carry the error through one of its layers, whatever the reason.
         """
-        there, gradients = dict(self._model.named_modules(remove_duplicate=False)), self._versions()
+        there = dict(self._model.named_modules(remove_duplicate=False))
         for name, layer in self.layers.items():
-            unused = gradients[name] not in (None, self._gradients[name]) and not layer.crossing.used
+            gradient = _gradient(layer)
+            new = gradient is not None and getattr(gradient, "seen", None) != gradient._version
             wrong = ("the model has another layer in its place" if there.get(name) is not layer else
                      "its forward was replaced" if "forward" in vars(layer) or not _is_cut(layer) else
                      "its weight was used without calling the layer"
-                     if unused and layer.weight.grad.any() else None)
+                     if new and not layer.crossing.used and gradient.any() else None)
             if wrong:
                 raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: "
                                 f"{wrong}; attach the rule when the model is complete, and change nothing of "
@@ -332,13 +333,13 @@ class Attachment:
             for seen in ("input", "output"):
                 vars(layer).pop(seen, None)
         self.rule.targets = None                        # those of the next batch are others
-        self._gradients = gradients
+        self._see_gradients()
 
-    def _versions(self) -> dict[str, tuple | None]:
-        """Which gradient each layer's weight has, and how often it was written to."""
-        weights = {name: layer._parameters.get("weight") for name, layer in self.layers.items()}
-        return {name: None if w is None or w.grad is None else (id(w.grad), w.grad._version)
-                for name, w in weights.items()}
+    def _see_gradients(self) -> None:
+        """Note on each weight's gradient how often it had been written to, to know a new one by."""
+        for gradient in map(_gradient, self.layers.values()):
+            if gradient is not None:
+                gradient.seen = gradient._version
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -504,7 +505,7 @@ def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
             continue
         if isinstance(module, Layer) and (_is_cut(module) or _keeps_forward(module)):
             layers[name] = module
-        elif _has_matrix(module):
+        elif isinstance(module, Layer) or _has_matrix(module):
             unknown[name] = module
     return layers, unknown
 
@@ -514,6 +515,11 @@ def _keeps_forward(layer: Layer) -> bool:
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     names = {"forward", "_conv_forward"} & {*vars(kind)}
     return all(getattr(type(layer), n) is getattr(kind, n) and n not in vars(layer) for n in names)
+
+
+def _gradient(layer: Layer) -> Any:
+    weight = layer._parameters.get("weight")            # a computed weight is none of them
+    return None if weight is None else weight.grad
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -175,10 +175,21 @@ def test_a_weight_may_be_left_out_of_a_step_but_not_used_without_calling_its_lay
 
     for how in ("calls", "leaves out", "calls and reads", "leaves out", "leaves out", "calls"):
         step(how)
-    model.zero_grad()
-    handle.before_step()
     with pytest.raises(fa.HookError, match="'qkv': its weight was used without calling the layer"):
         step("reads")
+
+
+def test_a_new_gradient_is_not_taken_for_the_one_that_lay_in_its_place():
+    for _ in range(100):
+        stem, body, head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        model, x = nn.Sequential(stem, body, head), torch.randn(5, 4)
+        handle = fa.attach(model, fa.FA())
+        model(x).sum().backward()
+        handle.before_step()
+        model.zero_grad()
+        head(F.linear(stem(x), body.weight)).sum().backward()
+        with pytest.raises(fa.HookError, match="'1': its weight was used without calling the layer"):
+            handle.before_step()
 
 
 class LinearReLU(nn.Linear):
@@ -205,12 +216,14 @@ class Odd(nn.Module):
         self.stem, self.up = nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.ConvTranspose2d(8, 1, 2, stride=2)
         self.attention, self.place = nn.MultiheadAttention(8, 2, batch_first=True), nn.Embedding(8, 8)
         self.mix, self.position = nn.ParameterList([torch.randn(8, 8)]), nn.Parameter(torch.randn(1, 8, 8))
+        self.one = SameConv(1, 1, 3)
         self.norm, self.same, self.relu = nn.LayerNorm((8, 8)), SameConv(8, 8, 3), LinearReLU(8, 8)
         self.body, self.twice, self.head = Initialised(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
         self.twice.forward = lambda x: 2 * F.linear(x, self.twice.weight)
 
     def forward(self, x):
-        x = self.up(self.same(self.stem(x)))[:, 0] + self.place(torch.arange(8)) + self.position   # (N, 8, 8)
+        x = self.one(self.up(self.same(self.stem(x))))[:, 0]                            # (N, 8, 8)
+        x = x + self.place(torch.arange(8)) + self.position
         x = self.norm(self.attention(x, x, x, need_weights=False)[0] @ self.mix[0])
         return self.head(self.twice(self.body(self.relu(x))).tanh().mean(1))
 
@@ -225,7 +238,7 @@ def test_layers_that_are_not_known_keep_exact_backprop_and_are_named_once():
         handle = fa.attach(ours, Transport())
     (said,) = [str(warning.message) for warning in caught]
     assert said.endswith("through up (ConvTranspose2d), attention (MultiheadAttention), mix (ParameterList), "
-                         "same (SameConv), relu (LinearReLU), twice (Linear)")
+                         "one (SameConv), same (SameConv), relu (LinearReLU), twice (Linear)")
     assert repr(handle) == "<Transport through body, head; the stem is stem>" and "Initialised(" in repr(ours)
     agree(gradients(ours, X, LABELS), gradients(plain, X, LABELS))
     handle.remove()
