@@ -103,22 +103,6 @@ def test_a_step_takes_a_closure_and_skips_parameters_without_a_gradient():
     assert torch.equal(idle, before) and idle not in optimiser.state
 
 
-def test_a_subclass_may_orthogonalise_otherwise():
-    """harness/parallel.py relies on it: matrices go in, and what comes out is applied."""
-    class BySVD(muon.Muon):
-        def orthogonalise(self, updates, group):
-            assert [tuple(U.shape) for U in updates] == [(6, 18), (5, 4)]
-            return [P @ Qh for P, _, Qh in (torch.linalg.svd(U, full_matrices=False) for U in updates)]
-
-    ps = parameters([(6, 2, 3, 3), (5, 4)])
-    before = [p.detach().clone() for p in ps]
-    give_gradients(ps)
-    BySVD(ps, lr=0.1).step()
-    for p, was, scale in zip(ps, before, (1, (5 / 4) ** 0.5)):
-        step = torch.linalg.svdvals((was - p.detach()).flatten(1))
-        assert torch.allclose(step, torch.full_like(step, 0.1 * scale), atol=1e-5)
-
-
 @pytest.mark.parametrize("shape, kwargs, said", [
     ((2, 2), dict(lr=-1), "lr"), ((2, 2), dict(lr=math.nan), "lr"), ((2, 2), dict(lr=math.inf), "lr"),
     ((2, 2), dict(momentum=1), "momentum"), ((2, 2), dict(weight_decay=-1), "weight_decay"),
