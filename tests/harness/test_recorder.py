@@ -169,7 +169,7 @@ def test_a_recording_is_both_over_a_run_and_goes_on_where_it_was():
         if step == 202:                                         # a stop and a new start
             saved, recording = recording.state_dict(), recorder.Recording(model, handle, x, labels, 200, 3)
             recording.load_state_dict(saved)
-        weight.grad = torch.full_like(weight, step)
+        weight.grad.fill_(step)
         with recording.step(), torch.no_grad():
             weight[0, 0, 0, step % 3] += 1 + step
         if step in (0, 199):
