@@ -1,4 +1,4 @@
-"""reproduce.py: the list of experiments, and READMEs whose tables cannot drift from results/."""
+"""reproduce.py: runs what an experiment lists, and keeps the READMEs' tables to what results/ says."""
 import json
 
 import pytest
@@ -11,7 +11,7 @@ TINY = "--dataset gratings --subset 64 --width 2 --epochs 1"
 
 @pytest.fixture(name="tiny")
 def tiny_experiment(tmp_path, monkeypatch):
-    """An experiment of two cells, with a README and a results folder of its own."""
+    """An experiment of two cells, with two READMEs and a results folder of its own."""
     one = reproduce.Experiment(
         "a claim", TINY, {"backprop": "--rule bp", "FA": "--rule fa"}, paper={"FA": 1.5}
     )
@@ -24,7 +24,7 @@ def tiny_experiment(tmp_path, monkeypatch):
 
 
 def counted(monkeypatch, fail_at=None, seconds=1.0):
-    """reproduce.run without a process: makes a result, and counts the calls."""
+    """experiment.run without a process: makes a result, and counts the calls."""
     calls = []
 
     def run(path, job, *_):
@@ -41,100 +41,36 @@ def counted(monkeypatch, fail_at=None, seconds=1.0):
     return calls
 
 
-def test_end_to_end_with_real_runs(tiny, capsys):
+def changed(monkeypatch, **fields):
+    """The experiment with other fields."""
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "tiny", reproduce.EXPERIMENTS["tiny"]._replace(**fields))
+
+
+def test_real_runs_become_results_a_table_and_a_picture(tiny, monkeypatch, capsys):
+    changed(monkeypatch, common=TINY + " --rank", view="ranks", paper={})
     assert reproduce.main(["tiny", "--jobs", "2", "--device", "cpu"]) == 0
     lines = [json.loads(line) for line in (tiny / "results" / "tiny.jsonl").read_text().splitlines()]
     assert {line["label"] for line in lines} == {"backprop", "FA"}
     for line in lines:
-        assert {"experiment", "args", "seed", "final_test_accuracy", "diverged", "device", "commit",
-                "versions", "epochs"} <= line.keys()
-        assert line["args"]["width"] == 2 and len(line["epochs"]) == 1
+        assert {"experiment", "seed", "diverged", "device", "commit", "versions"} <= line.keys()
+        assert line["args"]["width"] == 2 and [record["epoch"] for record in line["rank"]] == [0, 1]
         assert line["data"]["train_images"] == 5000 and len(line["data"]["digest"]) >= 16
         assert line["final_test_accuracy"] == line["epochs"][-1]["test_accuracy"]
     assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+    line = next(line for line in lines if line["label"] == "FA")
+    last = line["rank"][-1]["layers"]
+    wanted = ", ".join(f"{last[f'layers.{i}']['gradient']['effective_rank']:.0f}" for i in range(4))
     readme = (tiny / "README.md").read_text()
     assert readme.startswith("before\n<!-- tiny -->\n|  | test ") and readme.endswith("<!-- end -->\nafter\n")
-    assert (
-        f"| FA | {100 * next(x for x in lines if x['label'] == 'FA')['final_test_accuracy']:.1f} | 1 | 1.5 | "
-        in readme
-    )
-    assert "2 of 2 runs" not in capsys.readouterr().out
+    assert f"| FA | {100 * line['final_test_accuracy']:.1f} | 1 | " in readme and f" | {wanted} | " in readme
+    said = capsys.readouterr().out
+    assert "| error δ | gradient | update | trajectory | cosine |" in said and "already" not in said
     assert reproduce.main(["tiny", "--device", "cpu"]) == 0
     assert "2 of 2 runs are in results/tiny.jsonl already" in capsys.readouterr().out
 
 
-def test_recorded_ranks_become_columns_and_a_picture(tiny, monkeypatch, capsys):
-    one = reproduce.Experiment("a claim", TINY + " --rank", {"FA": "--rule fa"}, view="ranks")
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": one})
-    assert reproduce.main(["tiny", "--device", "cpu"]) == 0
-    (line,) = [json.loads(line) for line in (tiny / "results" / "tiny.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in line["rank"]] == [0, 1]
-    last = line["rank"][-1]["layers"]
-    wanted = ", ".join(f"{last[f'layers.{i}']['gradient']['effective_rank']:.0f}" for i in range(4))
-    assert f" | {wanted} | " in (tiny / "README.md").read_text()
-    assert "| error δ | gradient | update | trajectory | cosine |" in capsys.readouterr().out
-    assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
-    last["layers.1"]["gradient"] = None                         # an overflow
-    line["rank"][-1]["trajectory"]["all layers"] = None
-    ranks = report.rank_table(one, [line]).splitlines()[-1].split(" | ")
-    assert ranks[4].split(", ")[1] == "–" and ranks[6] == "–"
-
-
-def test_results_of_ones_own(tiny, monkeypatch, capsys):
-    calls = counted(monkeypatch)
-    assert reproduce.main(["tiny"]) == 0
-    readme = (tiny / "README.md").read_text()
-    assert reproduce.main(["tiny", "--out", "mine", "--seeds", "2"]) == 0 and len(calls) == 6
-    assert sorted(p.name for p in (tiny / "mine").iterdir()) == ["tiny.jsonl", "tiny.png"]
-    assert (tiny / "README.md").read_text() == readme           # it speaks of results/ alone
-    capsys.readouterr()
-    (tiny / "file").write_text("")
-    assert reproduce.main(["tiny", "--out", "file/mine"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("reproduce.py: ") and err.count("\n") == 1
-
-
-def test_the_table(tiny, monkeypatch):
-    counted(monkeypatch)
-    assert reproduce.main(["tiny", "--seeds", "3"]) == 0
-    assert "| FA | 60.0 ± 10.0 | 3 | 1.5 | +58.5 |" in (tiny / "README.md").read_text()
-    one = reproduce.EXPERIMENTS["tiny"]
-    lost = {"label": "FA", "diverged": True, "final_test_accuracy": None}
-    kept = {"label": "FA", "diverged": False, "final_test_accuracy": 0.25}
-    assert "| FA | 25.0 (1 of 2 diverged) | 2 | 1.5 | +23.5 |" in report.table(one, [lost, kept])
-    assert "| FA | – (1 of 1 diverged) | 1 |" in report.table(one, [lost])
-    assert "| backprop | not measured | 0 |" in report.table(one, [lost])
-
-
-def test_a_grid_of_learning_rates(tiny, monkeypatch):
-    one = reproduce.Experiment(
-        "no claim",
-        TINY,
-        {"FA": "--rule fa --lr {}", "FA + Muon": "--rule fa --muon --muon-lr {}"},
-        {"0.1": "0.1", "0.2": "0.2"},
-        "learning rate",
-        "sweep",
-    )
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": one})
-    calls = counted(monkeypatch)
-    assert reproduce.main(["tiny"]) == 0 and len(calls) == 4
-    assert [c.argv[-4:-2] for c in calls] == [["--lr", "0.1"], ["--lr", "0.2"], ["--muon-lr", "0.1"],
-                                              ["--muon-lr", "0.2"]]
-    readme = (tiny / "README.md").read_text()
-    assert (
-        "| learning rate | 0.1 | 0.2 |\n| --- | --- | --- |\n| FA | 50.0 | 50.0 |\n| FA + Muon | 50.0 |"
-        in readme
-    )
-    assert (tiny / "results" / "tiny.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_check_goes_red_when_a_number_is_edited(tiny, monkeypatch):
-    counted(monkeypatch)
-    assert reproduce.main(["tiny"]) == 0 and reproduce.main(["--check"]) == 0
-    readme = tiny / "README.md"
-    readme.write_text(readme.read_text().replace("50.0", "51.0"))
-    assert reproduce.main(["--check"]) == 1
-    assert reproduce.main(["tiny"]) == 0 and reproduce.main(["--check"]) == 0
+def test_the_real_readmes_say_what_results_say():
+    assert reproduce.main(["--check"]) == 0
 
 
 def test_the_tuned_learning_rates_are_the_grids_best():
@@ -146,74 +82,84 @@ def test_the_tuned_learning_rates_are_the_grids_best():
         assert flag.split() == ["--muon-lr" if "Muon" in label else "--lr", best["column"]], label
 
 
-def test_check_looks_at_both_readmes_and_where_out_says(tiny, monkeypatch, capsys):
+def test_check_goes_red_when_a_number_is_edited_in_either_readme(tiny, monkeypatch, capsys):
     counted(monkeypatch)
+    assert reproduce.main(["--check"]) == 2                     # there is nothing to compare with
     second = tiny / "results" / "README.md"
     second.parent.mkdir()
     second.write_text("<!-- tiny -->\nold\n<!-- end -->\n")
     assert reproduce.main(["tiny"]) == 0 and "| FA | 50.0 | 1 |" in second.read_text()
-    assert (
-        reproduce.main(["tiny", "--out", "mine"]) == 0 and reproduce.main(["--check", "--out", "mine"]) == 0
-    )
-    mine = tiny / "mine" / "tiny.jsonl"
-    mine.write_text(mine.read_text().replace('"final_test_accuracy": 0.5', '"final_test_accuracy": 0.25'))
-    capsys.readouterr()
-    assert (
-        reproduce.main(["--check", "--out", "mine"]) == 1 and "differs from mine/" in capsys.readouterr().out
-    )
-    assert reproduce.main(["--check"]) == 0
-    second.write_text(second.read_text().replace("50.0", "51.0"))
-    assert reproduce.main(["--check"]) == 1 and "results/README.md differs" in capsys.readouterr().out
-    assert reproduce.main(["--check", "--out", "nowhere"]) == 2
+    for readme in (tiny / "README.md", second):
+        assert reproduce.main(["--check"]) == 0
+        readme.write_text(readme.read_text().replace("50.0", "51.0"))
+        capsys.readouterr()
+        assert reproduce.main(["--check"]) == 1 and f"{readme} differs" in capsys.readouterr().out
+        assert reproduce.main(["tiny"]) == 0
 
 
-def test_the_list_names_claim_runs_and_hours(tiny, monkeypatch, capsys):
-    def hours():
-        assert reproduce.main(["--list"]) == 0
-        return capsys.readouterr().out
+def test_results_of_ones_own_leave_the_readmes_alone(tiny, monkeypatch, capsys):
+    calls = counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0
+    readme = (tiny / "README.md").read_text()
+    assert reproduce.main(["tiny", "--out", "mine", "--seeds", "2"]) == 0 and len(calls) == 6
+    assert sorted(p.name for p in (tiny / "mine").iterdir()) == ["tiny.jsonl", "tiny.png"]
+    assert (tiny / "README.md").read_text() == readme
+    assert reproduce.main(["--check"]) == 0 and reproduce.main(["--check", "--out", "mine"]) == 1
+    assert "differs from mine/" in capsys.readouterr().out
+    (tiny / "file").write_text("")
+    assert reproduce.main(["tiny", "--out", "file/mine"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("reproduce.py: ") and err.count("\n") == 1
 
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "tiny", reproduce.EXPERIMENTS["tiny"]._replace(seeds=3))
-    assert hours().startswith("tiny: 6 runs, not measured yet\n    a claim")
-    counted(monkeypatch, seconds=900.0)
-    assert reproduce.main(["tiny", "--seeds", "1"]) == 0
-    capsys.readouterr()
-    assert hours().startswith("tiny: 6 runs, 1.50 hours\n")     # 2 of the 6 took a quarter of an hour each
+
+def test_the_table_has_means_and_deviations_beside_the_papers_numbers(tiny, monkeypatch, capsys):
+    counted(monkeypatch)
+    assert reproduce.main(["tiny", "--seeds", "3"]) == 0
+    row = "| FA | 60.0 ± 10.0 | 3 | 1.5 | +58.5 |"
+    assert row in (tiny / "README.md").read_text() and row in capsys.readouterr().out
+    some = [{"label": "FA", "diverged": lost, "final_test_accuracy": None if lost else 0.25}
+            for lost in (True, False)]
+    table = report.table(reproduce.EXPERIMENTS["tiny"], some)
+    assert "| FA | 25.0 (1 of 2 diverged) | 2 | 1.5 | +23.5 |" in table and "not measured | 0 |" in table
 
 
 def test_what_is_announced_is_what_is_run(tiny, monkeypatch, capsys):
-    counted(monkeypatch)
-    monkeypatch.setitem(
-        reproduce.EXPERIMENTS, "tiny", reproduce.EXPERIMENTS["tiny"]._replace(scale="One epoch.")
-    )
-    for changes, said in (
-        ([], "tiny: a claim One epoch."),
-        (["--set", "epochs=2", "width=3"], "tiny: a claim One epoch. But with epochs=2, width=3."),
-    ):
-        assert reproduce.main(["tiny", *changes]) == 0
-        assert capsys.readouterr().out.splitlines()[0] == said
+    calls = counted(monkeypatch)
+    changed(monkeypatch, scale="One epoch.", cells={"FA": "--rule fa --lr {}"},
+            columns={"0.1": "0.1", "0.2": "0.2"}, axis="learning rate", view="sweep")
+    assert reproduce.main(["tiny"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "tiny: a claim One epoch."
+    readme = (tiny / "README.md").read_text()
+    assert "| learning rate | 0.1 | 0.2 |\n| --- | --- | --- |\n| FA | 50.0 | 50.0 |" in readme
+    assert reproduce.main(["tiny", "--set", "epochs=2", "width=3"]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == "tiny: a claim One epoch. But with epochs=2, width=3."
+    found = [flags.parse(job.argv) for job in calls]
+    assert [(args.lr, args.epochs, args.width) for args in found] == [
+        (0.1, 1, 2), (0.2, 1, 2), (0.1, 2, 3), (0.2, 2, 3)]
+    assert (tiny / "README.md").read_text() == readme           # it speaks of the experiment as listed
 
 
-def test_help_is_short(capsys):
-    with pytest.raises(SystemExit):
-        reproduce.main(["--help"])
-    text = capsys.readouterr().out
-    assert "--list" in text and len(text.splitlines()) < 45 and max(map(len, text.split("\n\n")[-1:])) < 100
+def test_the_list_names_claim_runs_and_hours(tiny, monkeypatch, capsys):
+    def said():
+        assert reproduce.main(["--list"]) == 0
+        return capsys.readouterr().out
+
+    changed(monkeypatch, seeds=3)
+    assert said().startswith("tiny: 6 runs, not measured yet\n    a claim")
+    counted(monkeypatch, seconds=900.0)
+    assert reproduce.main(["tiny", "--seeds", "1"]) == 0
+    capsys.readouterr()
+    assert said().startswith("tiny: 6 runs, 1.50 hours\n")      # 2 of the 6 took a quarter of an hour each
 
 
-def test_the_real_readme_says_what_results_say():
-    assert reproduce.main(["--check"]) == 0
-
-
-@pytest.mark.parametrize(
-    "wrong, why",
-    [([], "name one experiment"), (["nothing"], "invalid choice"),
-     (["tiny", "--check"], "name one experiment"), (["tiny", "--jobs", "0"], "at least 1"),
-     (["tiny", "--set", "width"], "FLAG=VALUE"), (["tiny", "--set", "width=0"], "at least 1"),
-     (["tiny", "--set", "seed=3"], "with --seeds"),
-     (["tiny", "--set", "nonsense=1"], "unrecognized arguments")],
-)
-def test_wrong_input(tiny, wrong, why, capsys):
-    with pytest.raises(SystemExit) as e:
-        reproduce.main(wrong)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and why in err and err.count("\n") == 1
+def test_wrong_input_is_one_line_and_status_2(tiny, capsys):
+    for wrong, why in (("", "name one experiment"), ("nothing", "invalid choice"),
+                       ("tiny --check", "name one experiment"), ("tiny --jobs 0", "at least 1"),
+                       ("tiny --set width", "FLAG=VALUE"), ("tiny --set width=0", "at least 1"),
+                       ("tiny --set seed=3", "with --seeds"),
+                       ("tiny --set nonsense=1", "unrecognized arguments")):
+        with pytest.raises(SystemExit) as e:
+            reproduce.main(wrong.split())
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and why in err and err.count("\n") == 1, wrong

@@ -1,9 +1,10 @@
-"""harness/graph.py without a GPU: a stand-in that records a step's tensor operations and repeats them, and
-nothing else.
+"""harness/graph.py without a GPU: a replayed step is the step, whatever the rule; what cannot be recorded is
+said in one line.
 
-Like a CUDA graph it runs no Python on replay, keeps every tensor where it was, and cannot ask for a value.
-Whatever the step keeps in Python, such as a learning rate in a float, would be frozen in it; so equal weights
-after many replays say that there is nothing of the kind.
+A stand-in records a step's tensor operations and repeats them. Like a CUDA graph it runs no Python on replay,
+keeps every tensor where it was, and cannot ask for a value. Whatever the step keeps in Python, such as a
+learning rate in a float, would be frozen in it; so equal weights after many replays say that there is nothing
+of the kind.
 """
 import copy
 import subprocess
@@ -61,132 +62,70 @@ def standing_in(trainer):
     return record
 
 
-def trained(case, replayed, monkeypatch, change=None):
-    """(weights, losses) after two epochs with learning rates in tensors,
-    by running every step or by replaying one."""
-    small = ["--device", "cpu", "--width", "4", "--batch-size", "16", "--epochs", "2", "--subset", "160"]
-    args = flags.parse([*small, *case.split()])
-    args.graph = True                                           # fused SGD, learning rates in tensors
-    if change:
-        monkeypatch.setattr(train.Trainer, "step", change(train.Trainer.step))
-    trainer = train.Trainer(args, data.gratings(160, 30))
-    step = (graph.Graphed(trainer.step, trainer.generator, record=standing_in(trainer)) if replayed else
-            trainer.step)
-    losses = an_epoch(trainer, args, step) + an_epoch(trainer, args, step, done=10)
-    assert not replayed or step.replay is not None
-    return copy.deepcopy(trainer.model.state_dict()), losses
+def made(case, tensors=True):
+    """(trainer, args): with `tensors`, learning rates in tensors and fused SGD, as on a GPU."""
+    small = "--device cpu --width 4 --batch-size 16 --epochs 3 --subset 160"
+    args = flags.parse(f"{small} {case}".split())
+    args.graph = tensors
+    return train.Trainer(args, data.gratings(160, 30)), args
 
 
-@pytest.mark.parametrize("case", ["--rule fa --norm", "--rule fa --muon",
-                                  "--rule fa --muon --norm --model resnet18 --width 8",
+def graphed(trainer):
+    return graph.Graphed(trainer.step, trainer.generator, record=standing_in(trainer))
+
+
+def assert_same_weights(one, other):
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("case", ["--rule fa", "--rule fa --muon --norm --model resnet18 --width 8",
                                   "--rule kp --muon --norm layer", "--rule dfa --norm whiten",
-                                  "--rule sign --norm rms", "--rule frozen --norm",
-                                  "--rule bp --muon --norm"])
-def test_a_replayed_step_is_the_step(case, monkeypatch):
-    ran, replayed = (trained(case, how, monkeypatch) for how in (False, True))
-    assert replayed[1] == ran[1]
-    for name, value in ran[0].items():
-        assert torch.equal(replayed[0][name], value), name
-
-
-def test_a_checkpoint_written_without_a_graph_goes_on_in_one():
-    small = "--device cpu --width 4 --batch-size 16 --epochs 3 --subset 160 --muon --norm".split()
-    trainers = []
-    for how in ("before", "run", "replayed"):
-        args = flags.parse(small)
-        args.graph = how != "before"
-        trainers.append(train.Trainer(args, data.gratings(160, 30)))
-    before, ran, replayed = trainers
+                                  "--rule sign --norm rms", "--rule frozen --norm"])
+def test_a_replayed_step_is_the_step_also_after_a_checkpoint_written_without_a_graph(case):
+    before, args = made(case, tensors=False)
     an_epoch(before, args)
-    state, losses = session.gather(*parts(before)), []
-    graphed = graph.Graphed(replayed.step, replayed.generator, record=standing_in(replayed))
-    for trainer, step in ((ran, ran.step), (replayed, graphed)):
+    state = session.gather(*parts(before))
+    (ran, _), (replayed, _) = made(case), made(case)
+    step, losses = graphed(replayed), []
+    for trainer, way in ((ran, ran.step), (replayed, step)):
         session.restore(copy.deepcopy(state), *parts(trainer))
-        losses.append(an_epoch(trainer, args, step, done=10) + an_epoch(trainer, args, step, done=20))
-    assert losses[0] == losses[1] and graphed.replay is not None
-    for name, value in ran.model.state_dict().items():
-        assert torch.equal(replayed.model.state_dict()[name], value), name
+        losses.append(an_epoch(trainer, args, way, done=10))
+    assert losses[0] == losses[1] and step.replay is not None
+    assert_same_weights(ran, replayed)
 
 
-def test_with_tensors_for_learning_rates_the_numbers_are_those_without(monkeypatch):
+def test_learning_rates_in_tensors_give_the_numbers_of_those_in_floats():
     """Fused SGD rounds otherwise; after one epoch the weights agree to float32 rounding."""
     weights = []
     for tensors in (False, True):
-        args = flags.parse("--device cpu --width 4 --batch-size 16 --epochs 1 --subset 64 --norm --rule bp"
-                           .split())
-        args.graph = tensors
-        trainer = train.Trainer(args, data.gratings(64, 30))
+        trainer, args = made("--subset 64 --norm --rule bp", tensors)
         an_epoch(trainer, args)
         weights.append(trainer.model.state_dict())
     for name, value in weights[0].items():
         assert torch.allclose(value, weights[1][name], rtol=1e-3, atol=1e-5), name
 
 
-def frozen_rate(descend):
+def frozen_rate(step, trainer):
     """A step with a learning rate in a float: what a graph would not see change."""
-    def changed(self, *args):
-        for optimiser, _ in self.optimisers:
+    def changed(chosen):
+        for optimiser, _ in trainer.optimisers:
             for group in optimiser.param_groups:
                 if isinstance(group["lr"], torch.Tensor):
                     group["lr"] = float(group["lr"].numpy())
-        return descend(self, *args)
+        return step(chosen)
     return changed
 
 
-def asking(descend):
-    def changed(self, *args):
-        results = descend(self, *args)
-        return results if results[0].item() > 0 else None
-    return changed
-
-
-def test_the_stand_in_can_fail(monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(AssertionError,
-                                                       match="cannot ask a tensor for its value"):
-        trained("--rule fa --norm", True, patch, asking)
+def test_the_stand_in_can_fail():
+    with pytest.raises(AssertionError, match="cannot ask a tensor for its value"), Recorder():
+        torch.ones(1).item()
     losses = []
     for replayed in (False, True):
-        with monkeypatch.context() as patch:
-            losses.append(trained("--rule fa --norm", replayed, patch, frozen_rate)[1])
+        trainer, args = made("--norm")
+        trainer.step = frozen_rate(trainer.step, trainer)
+        losses.append(an_epoch(trainer, args, graphed(trainer) if replayed else None))
     assert losses[0] != losses[1]
-
-
-def test_what_cannot_be_recorded_is_said():
-    def refuse(run, generator):
-        raise RuntimeError("operation not permitted when stream is capturing\n"
-                           "Compile with `TORCH_USE_CUDA_DSA`")
-
-    step = graph.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=refuse)
-    with pytest.raises(graph.RecordError) as stopped:
-        step(torch.ones(1))
-    assert str(stopped.value) == ("the step cannot be recorded as a CUDA graph: "
-                                  "operation not permitted when stream is capturing")
-
-
-def test_memory_is_kept():
-    """In processes of their own: the pages of a large tensor that dies stay,
-    so the next ones cause few page faults."""
-    code = """
-import resource, sys, torch
-sys.path.insert(0, {root!r})
-from harness import graph
-kept = graph.keep_memory() if {keep} else True
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.ones(2 ** 24)
-before = faults()
-for _ in range(8):
-    torch.ones(2 ** 24)
-print(int(kept), faults() - before)
-"""
-    found = {}
-    for keep in (True, False):
-        done = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), keep=keep)],
-                              capture_output=True, text=True, check=True)
-        found[keep] = [int(word) for word in done.stdout.split()]
-    if not found[True][0] or found[False][1] < 1000:
-        pytest.skip("this C library has no such setting, or keeps the memory anyway")
-    assert found[True][1] < found[False][1] / 2, found
 
 
 def test_the_results_of_a_replay_are_not_written_over():
@@ -196,8 +135,43 @@ def test_the_results_of_a_replay_are_not_written_over():
     assert torch.equal(first[0], second[0]) and second[0] is not step.results[0]
 
 
-@pytest.mark.parametrize("wrong, said", {"--graph --device cpu": "needs a GPU"}.items())
-def test_wrong_arguments(wrong, said, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.main(wrong.split())
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+def failing(error):
+    """As torch.cuda.graph does: it ends the recording, which complains, and hides the first error."""
+    def record(step, generator):
+        try:
+            raise error
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
+    return graph.Graphed(lambda x: (x,), torch.Generator(), warm_up=0, record=record)
+
+
+def test_of_a_recording_that_fails_the_first_error_is_said_in_one_line():
+    with pytest.raises(graph.RecordError, match="as a CUDA graph: operation not permitted$"):
+        failing(RuntimeError("operation not permitted\nmore"))(torch.ones(1))
+    with pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):       # is no fault of the recording
+        failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))(torch.ones(1))
+
+
+def test_memory_is_kept():
+    """In a process of its own: the pages of a large tensor that dies stay, so the next ones cause few page
+    faults."""
+    code = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from harness import graph
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(2 ** 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before, kept = faults(), graph.keep_memory()
+faults()
+print(before, int(kept), faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, kept, after = map(int, done.stdout.split())
+    if not kept or before < 1000:
+        pytest.skip("this C library has no such setting, or keeps the memory anyway")
+    assert after < before / 2

@@ -1,4 +1,5 @@
-"""`python fa.py` and the other lessons: a table, and a picture where one is asked for."""
+"""harness/lessons.py: `python fa.py` and the other lessons print a table, and save a picture where one is
+asked for; what cannot be saved or read is one line."""
 import json
 import re
 import runpy
@@ -27,8 +28,12 @@ def run(name, *args, monkeypatch):
         return e.code or 0
 
 
+def is_picture(path):
+    return path.read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize("name", SAYS)
-def test_it_prints_a_table_and_saves_a_picture(name, tmp_path, monkeypatch, capsys):
+def test_a_lesson_prints_a_table_and_saves_a_picture(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(name, "--out", "picture.png", monkeypatch=monkeypatch) == 0
     out, err = capsys.readouterr()
@@ -36,25 +41,17 @@ def test_it_prints_a_table_and_saves_a_picture(name, tmp_path, monkeypatch, caps
     if name == "fa":                                            # it learns below the classifier too
         fa_, backprop, frozen = map(float, re.findall(r" (0\.\d+)", out.splitlines()[-2]))
         assert backprop < fa_ < (backprop + frozen) / 2
-    assert out.endswith("picture.png\n") and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert out.endswith("picture.png\n") and is_picture(tmp_path / "picture.png")
 
 
-@pytest.mark.parametrize("out, said", [("nowhere/picture.png", "No such file"),
-                                       ("x.docx", "Format 'docx' is not supported")])
-@pytest.mark.parametrize("name", SAYS)
-def test_a_picture_that_cannot_be_saved_is_one_line(name, out, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    figure = report.figure_of(1, 1, size=(1, 1))[0]
-    monkeypatch.setitem(lessons.DEMONSTRATIONS, name, lambda: lambda path: lessons.save(figure, path))
-    assert run(name, "--out", out, monkeypatch=monkeypatch) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(f"{name}.py: ") and said in error
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("draw", [lessons.two_ways, lessons.gratings])
+def test_the_readmes_pictures_are_drawn(draw, tmp_path):
+    draw(tmp_path / "picture.png")
+    assert is_picture(tmp_path / "picture.png")
 
 
-@pytest.fixture
-def recorded(tmp_path):
-    """A function that makes the folder of a run with ranks."""
+def made(tmp_path, *names):
+    """Folders of runs with ranks, of which the second has --muon."""
     torch.manual_seed(0)
     model = models.cnn(norm="batch", width=4, size=8)
     recording = recorder.Recording(model, fa.attach(model, fa.FA()), torch.randn(20, 3, 8, 8),
@@ -67,33 +64,33 @@ def recorded(tmp_path):
             pass
     for line in lines[1:]:                                      # an overflow leaves a gap, not an error
         line["layers"]["layers.3"].update(gradient=None, error=None, spectrum=[], angle_gradient=None)
-
-    def make(name, **args):
+    for name in names:
         (tmp_path / name).mkdir()
-        config = {"args": {"rule": "fa", "muon": False, "norm": None, **args}}
+        config = {"args": {"rule": "fa", "muon": name == names[1], "norm": None}}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "rank.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return tmp_path / name
-
-    return make
+    return [tmp_path / name for name in names]
 
 
-def test_recorded_runs_are_drawn_and_told_apart(recorded, tmp_path, monkeypatch, capsys):
+def test_recorded_runs_are_drawn_and_told_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    runs = [recorded("a"), recorded("b", muon=True), recorded("c")]
+    runs = made(tmp_path, "a", "b", "c")
     assert run("rank", *runs, monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out == "rank.png\n" and (tmp_path / "rank.png").read_bytes()[:4] == b"\x89PNG"
+    assert capsys.readouterr().out == "rank.png\n" and is_picture(tmp_path / "rank.png")
     drawn = []
     monkeypatch.setattr(report, "draw_ranks", lambda path, runs: drawn.extend(label for label, _ in runs))
     assert run("rank", *runs, monkeypatch=monkeypatch) == 0
     assert drawn[0].endswith(" (a)") and drawn[2].endswith(" (c)") and not drawn[1].endswith(")")
-    capsys.readouterr()
-    assert run("rank", tmp_path, monkeypatch=monkeypatch) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"rank.py: {tmp_path} has no record of ranks") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("draw", [lessons.two_ways, lessons.gratings])
-def test_the_readmes_pictures(draw, tmp_path):
-    draw(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+def test_what_cannot_be_saved_or_read_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    figure = report.figure_of(1, 1, size=(1, 1))[0]
+    monkeypatch.setitem(lessons.DEMONSTRATIONS, "fa", lambda: lambda path: lessons.save(figure, path))
+    for name, args, said in (("fa", ["--out", "nowhere/picture.png"], "No such file"),
+                             ("fa", ["--out", "x.docx"], "Format 'docx' is not supported"),
+                             ("rank", [tmp_path], f"{tmp_path} has no record of ranks")):
+        assert run(name, *args, monkeypatch=monkeypatch) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"{name}.py: ") and said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
