@@ -53,10 +53,11 @@ def test_the_numbers_of_parameters_are_the_published_ones_and_those_by_hand():
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_any_image_goes_through_from_the_stem_to_the_classifier(name):
+def test_any_image_goes_through_every_layer_from_the_stem_to_the_classifier(name):
     for size, channels in ((28, 1), (17, 3)):
         model = models.MODELS[name](13, "batch", width=4, channels=channels, size=size)
         assert model(torch.randn(2, channels, size, size)).shape == (2, 13)
+        assert all(m.running_mean.any() for m in model.modules() if isinstance(m, norm.BatchNorm))
         first, *_, last = layers(model)
         assert first.weight.shape[1] in (channels, channels * size ** 2) and last.weight.shape[0] == 13
 

@@ -80,7 +80,7 @@ def test_flatten_keeps_singular_vectors_and_norm_and_nothing_else(shape):
 def test_what_is_zero_or_not_finite_stays(change):
     for value in (0.0, math.nan, math.inf):
         M = torch.full((4, 6), value)
-        assert torch.equal(change(M).nan_to_num(), M.nan_to_num())
+        assert torch.allclose(change(M), M, equal_nan=True)
 
 
 @pytest.mark.parametrize("make, layout", [
@@ -137,7 +137,7 @@ def test_angles_and_the_mean_cosine_by_hand():
     a = torch.tensor([[1.0, 0.0]])
     assert rank.angle(a, torch.tensor([[0.0, 2.0]])) == pytest.approx(90)
     assert rank.angle(a, torch.tensor([[3.0, 3.0]])) == pytest.approx(45)
-    assert rank.angle(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5.0, 10.0, 20.0])) < 1e-10
+    assert rank.angle(a, torch.tensor([[1.0, 1e-9]])) == pytest.approx(math.degrees(1e-9))
     assert rank.angle(a, -a) == pytest.approx(180) and math.isnan(rank.angle(a, 0 * a))
     with pytest.raises(ValueError, match="no angle"):
         rank.angle(a, torch.ones(2))
