@@ -289,6 +289,23 @@ def test_a_model_that_was_saved_whole_or_copied_follows_its_rule(travel, rule):
     agree(gradients(model, X, LABELS), expected, 0)
 
 
+def child(model, connection):
+    connection.send({name: g.numpy() for name, g in gradients(model, X, LABELS).items()})
+
+
+def test_a_model_that_was_sent_to_another_process_follows_its_rule():
+    model = network()
+    fa.attach(model, fa.FA())
+    context = torch.multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(model, theirs))
+    process.start()
+    theirs.close()                              # so that a child that dies does not leave us waiting
+    got = {name: torch.from_numpy(g) for name, g in ours.recv().items()}
+    process.join()
+    agree(got, gradients(model, X, LABELS), 1e-12)
+
+
 def test_a_replica_of_data_parallel_follows_the_rule_with_its_own_weights():
     model = network()
     handle = fa.attach(model, fa.FA())

@@ -288,6 +288,10 @@ def test_a_rule_file_that_changed_is_refused(capsys):
     assert "mine.py:Mine has changed since" in capsys.readouterr().err
 
 
+def test_a_default_folder_is_one_that_nobody_has():
+    assert [session.create(None, "fa").name for _ in range(3)] == ["fa", "fa-2", "fa-3"]
+
+
 def test_only_one_process_writes_to_a_run(monkeypatch, capsys):
     """While it is new, and while it goes on."""
     tried = []
