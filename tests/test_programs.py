@@ -55,6 +55,16 @@ def test_hooks_that_change_what_passes_and_a_loss_on_a_feature_that_a_hook_kept(
     agree(grads(ours), grads(plain))
 
 
+def test_a_global_hook_changes_each_layers_output_once():
+    plain, ours, _ = both()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda m, args, y: 0.5 * y if isinstance(m, fa.Layer) else None)
+    try:
+        agree(gradients(ours, X, LABELS), gradients(plain, X, LABELS))
+    finally:
+        hook.remove()
+
+
 def test_a_part_of_the_gradients_first_in_anomaly_mode():
     plain, ours, handle = both()
     with warnings.catch_warnings(), torch.autograd.detect_anomaly(check_nan=True):
