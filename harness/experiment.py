@@ -65,9 +65,8 @@ def jobs(experiment: Experiment, seeds: int, changes: list[str], version: int | 
             for column, text in experiment.columns.items():
                 argv = shlex.split(f"{experiment.common} {own}".replace("{}", text))
                 argv += [*changes, "--seed", str(seed)]
-                listed.append(
-                    Job(label, column, argv, key(vars(flags.parse(argv)), version or flags.VERSION))
-                )
+                identity = key(vars(flags.parse(argv)), version or flags.VERSION)
+                listed.append(Job(label, column, argv, identity))
     return listed
 
 
@@ -93,13 +92,11 @@ def beside(experiment: Experiment, rule: str) -> Experiment:
     for label, own in experiment.cells.items():
         cells[label] = own
         if re.search(r"--rule fa\b", own):
-            cells[re.sub(r"\bFA\b", lambda _: name, label)] = own.replace(
-                "--rule fa", f"--rule {shlex.quote(rule)}"
-            )
+            other = re.sub(r"\bFA\b", lambda _: name, label)
+            cells[other] = own.replace("--rule fa", f"--rule {shlex.quote(rule)}")
     if len(cells) == len(experiment.cells):
-        raise files.Problem(
-            "this experiment does not name the rule run by run; --rule has nothing to add to it"
-        )
+        raise files.Problem("this experiment does not name the rule run by run; --rule has nothing to add "
+                            "to it")
     return experiment._replace(cells=cells)
 
 
@@ -118,9 +115,8 @@ def read(path: Path) -> dict[str, dict]:
             line = json.loads(text)
             lines[key(line["args"], line["version"])] = line
         except (ValueError, KeyError) as e:
-            raise files.Problem(
-                f"{path}, line {number} is not a result ({e}); restore it from git or delete it"
-            ) from e
+            raise files.Problem(f"{path}, line {number} is not a result ({e}); restore it from git or "
+                                "delete it") from e
     return lines
 
 
@@ -150,9 +146,8 @@ def table(experiment: Experiment, lines: list[dict]) -> str:
 
 def noted(table: str, lines: list[dict], gap: str = "\n\n") -> str:
     """The table, and after a gap what a reader has to know of the images that these results saw."""
-    notes = dict.fromkeys(
-        note for line in lines if line["args"]["dataset"] in CIFAR for note in remarks(line)
-    )
+    notes = dict.fromkeys(note for line in lines if line["args"]["dataset"] in CIFAR
+                          for note in remarks(line))
     return gap.join([table, " ".join(notes)]) if notes else table
 
 
@@ -249,9 +244,8 @@ def lines_in(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run_missing(
-    path: Path, missing: list[Job], done: dict[str, dict], at_a_time: int, root: str, device: str
-) -> None:
+def run_missing(path: Path, missing: list[Job], done: dict[str, dict], at_a_time: int, root: str,
+                device: str) -> None:
     """Run what is missing, `at_a_time`, and add each result to `done` and to the file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     running: dict = {}
@@ -269,12 +263,10 @@ def run_missing(
                     finished += len(line["epochs"])
                     done[job.key] = line
                     files.write_lines(path, list(done.values()))
-                    if begun(path, job).exists():  # whoever asks for this run again gets a new one
+                    if begun(path, job).exists():      # whoever asks for this run again gets a new one
                         begun(path, job).rename(f"{begun(path, job)}-{time.time_ns()}")
                     show("")
-                    which = ", ".join(
-                        part for part in (job.label, job.column, f"seed {line['seed']}") if part
-                    )
+                    which = ", ".join(filter(None, (job.label, job.column, f"seed {line['seed']}")))
                     print(f"{which}: {report.percent(line)}, {report.span(line['seconds'])}", flush=True)
                 logs = [log for _, log in list(running.values()) if log.exists()]
                 epochs = finished + sum(log.read_text().count("\n") for log in logs)
@@ -283,7 +275,7 @@ def run_missing(
                 show(f"{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left")
                 time.sleep(0.5)
             show("")
-        finally:  # an error or Ctrl-C: the results so far are kept
+        finally:                                        # an error or Ctrl-C: the results so far are kept
             for future in waiting:
                 future.cancel()
             for process, _ in list(running.values()):
