@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from torch.nn import functional as F
 
 import data
 import muon
@@ -134,6 +135,16 @@ def test_the_same_seed_gives_the_same_bits_whether_ranks_are_recorded_or_not(arg
     drawn, others = (made(" ".join([*args, "--seed", seed])).model.state_dict() for seed in "01")
     for key in ("layers.0.weight", *(key for key in drawn if key.endswith("feedback"))):
         assert not torch.equal(drawn[key], others[key])
+
+
+def test_training_loss_and_accuracy_are_means_over_all_images_of_the_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "augment", lambda images, *rest: images)
+    log, checkpoint = run("--lr", "1e-30", "--weight-decay", "0", out=tmp_path / "run")
+    trainer = made("")
+    trainer.model.load_state_dict(checkpoint["model"])
+    logits = trainer.model.eval()(trainer.normalise(trainer.images))
+    assert log[-1]["train_accuracy"] == (logits.argmax(1) == trainer.labels).double().mean().item()
+    assert log[-1]["train_loss"] == pytest.approx(F.cross_entropy(logits, trainer.labels).item(), rel=1e-5)
 
 
 def test_the_accuracy_is_that_of_the_saved_weights(tmp_path):
