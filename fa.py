@@ -74,8 +74,10 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     check(layer)
     if error.dim() == 3:                                # one unbatched image
         return project(layer, weight, error[None], torch.Size((1, *input_shape)))[0]
-    before, extra = (0, 0) if layer.padding == "valid" else layer.padding, [0, 0]
-    if layer.padding == "same":                         # which may pad one more at the end
+    before, extra = layer.padding, [0, 0]               # zeros before the image; zeros more after it
+    if before == "valid":
+        before = [0, 0]
+    elif before == "same":
         sums = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
         before, extra = [s // 2 for s in sums], [s % 2 for s in sums]
     n, channels, height, width = input_shape
@@ -130,10 +132,12 @@ class Rule:
         generator=...) where the model says one, else torch's default, uniform in ±1/√fan_in. Or a matrix of
         another shape (out, in), drawn as the Linear layer of that shape would be.
         """
-        torchs = functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5)
-        initialise = torchs if shape else getattr(layer, "initialise", torchs)
-        drawn = initialise(torch.empty(shape or layer.weight.shape), generator=self.generator)
-        like = layer.weight if shape is None else layer.weight.new_empty(shape)
+        like, initialise = layer.weight, functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5)
+        if shape:
+            like = like.new_empty(shape)
+        else:
+            initialise = getattr(layer, "initialise", initialise)
+        drawn = initialise(torch.empty(like.shape), generator=self.generator)
         return torch.empty_like(like).copy_(drawn)      # its device, dtype and order in memory
 
     def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to a process

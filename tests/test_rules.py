@@ -90,7 +90,7 @@ def test_sign_symmetry_has_the_signs_of_w_and_the_magnitudes_of_b():
         assert relative(sent, through(layer, weight, sent, error)) < 1e-12
 
 
-def test_kolen_polacks_difference_decays_as_the_equation_says():
+def test_kolen_pollacks_difference_decays_as_the_equation_says():
     """W - B  ←  (1 - ηλ) (W - B), step by step, whatever the updates were: Muon's or SGD's."""
     model, x, labels = resnet(width=4)
     handle = fa.attach(model, fa.KolenPollack(seed=1))
@@ -106,7 +106,7 @@ def test_kolen_polacks_difference_decays_as_the_equation_says():
         assert relative(layer.weight.detach(), was * (1 - lr * decay) ** steps) > 0.01  # and it did learn
 
 
-def test_with_momentum_kolen_polacks_difference_decays_so_much_faster_and_w_aligns_with_b():
+def test_with_momentum_kolen_pollacks_difference_decays_so_much_faster_and_w_aligns_with_b():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 5))
     handle = fa.attach(model, fa.KolenPollack(seed=0))
