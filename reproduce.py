@@ -35,6 +35,11 @@ ALL = {"backprop": "--rule bp", "backprop + Muon": "--rule bp --muon", "backprop
 TUNED = {"backprop": "--lr 0.1", "backprop + Muon": "--muon-lr 0.01", "backprop + norm": "--lr 0.03",
          "backprop + Muon + norm": "--muon-lr 0.03", "FA": "--lr 0.01", "FA + Muon": "--muon-lr 0.003",
          "FA + norm": "--lr 0.1", "FA + Muon + norm": "--muon-lr 0.03"}
+PAD = "FA + Muon + norm, no weights in shortcuts"
+WIDER = {k: f"{v} {TUNED[k]}" for k, v in ALL.items()}
+WIDER |= {PAD: WIDER["FA + Muon + norm"] + " --shortcut pad", "frozen features": "--rule frozen --norm"}
+WIDER = {k: WIDER[k] for k in ("FA + Muon + norm", "backprop + Muon + norm", "FA + norm", PAD, "FA + Muon",
+                               "backprop + norm", "frozen features", "FA", "backprop + Muon", "backprop")}
 PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46.1}     # CIFAR-100, ResNet-18
 SMALL = "the first 10,000 training images of {}, 10 epochs, the whole test set."
 CNN, CNN_SCALE = ("--dataset cifar10 --width 16 --subset 10000 --epochs 10",
@@ -134,14 +139,13 @@ EXPERIMENTS = {
         f"{CNN} {{}}", {k: ALL[k] for k in ("backprop", "backprop + Muon", "FA", "FA + Muon")},
         {"none": "", **{kind: f"--norm {kind}" for kind in ("rms", "layer", "batch", "whiten")}},
         "normalisation", "sweep", scale=CNN_SCALE),
+    "cifar100-quarter": Experiment(
+        "The paper's headline table at a quarter of the width, and FA with shortcuts that have no weights.",
+        "--dataset cifar100 --width 16 --epochs 10 --rank 10", WIDER, paper=PAPER,
+        scale="ResNet-18 of width 16, all of CIFAR-100, 10 epochs."),
     "cifar100-half": Experiment(
-        "The paper's headline table at half the width, and beside it FA with shortcuts that have no weights.",
-        "--dataset cifar100 --width 32 --epochs 30",
-        {**{k: f"{ALL[k]} {TUNED[k]}" for k in ("FA + Muon + norm", "FA + norm")},
-         "FA + Muon + norm, no weights in shortcuts": "--rule fa --muon --norm --muon-lr 0.03 --shortcut pad",
-         **{k: f"{ALL[k]} {TUNED[k]}" for k in ("backprop + Muon + norm", "FA + Muon")},
-         "frozen features": "--rule frozen --norm",
-         **{k: f"{ALL[k]} {TUNED[k]}" for k in ("backprop + norm", "FA")}}, paper=PAPER,
+        "The paper's headline table at half the width, and FA with shortcuts that have no weights.",
+        "--dataset cifar100 --width 32 --epochs 30", WIDER, paper=PAPER,
         scale="ResNet-18 of width 32, all of CIFAR-100, 30 epochs."),
     "cifar100": Experiment(
         "The paper's headline table.",
