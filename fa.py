@@ -127,18 +127,12 @@ class Rule:
     def before_step(self, layer: Layer) -> None:
         """Called for each hidden layer before the optimiser's step, for feedback that learns."""
 
-    def draw(self, layer: Layer, shape: tuple[int, int] | None = None) -> Tensor:
+    def draw(self, layer: Layer) -> Tensor:
         """A tensor like layer.weight, drawn on the CPU by the same initialiser: layer.initialise(tensor,
-        generator=...) where the model says one, else torch's default, uniform in ±1/√fan_in. Or a matrix of
-        another shape (out, in), drawn as the Linear layer of that shape would be.
-        """
-        like, initialise = layer.weight, functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5)
-        if shape:
-            like = like.new_empty(shape)
-        else:
-            initialise = getattr(layer, "initialise", initialise)
-        drawn = initialise(torch.empty(like.shape), generator=self.generator)
-        return torch.empty_like(like).copy_(drawn)      # its device, dtype and order in memory
+        generator=...) where the model says one, else torch's default, uniform in ±1/√fan_in."""
+        initialise = getattr(layer, "initialise", functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5))
+        drawn = initialise(torch.empty(layer.weight.shape), generator=self.generator)
+        return torch.empty_like(layer.weight).copy_(drawn)      # its device, dtype and order in memory
 
     def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to a process
         return {**vars(self), "generator": bytes(self.generator.get_state().tolist())}
@@ -167,8 +161,8 @@ class FA(Rule):
             raise ValueError(f"gain={gain}: expected a finite number above 0")
         self.gain = gain
 
-    def draw(self, layer: Layer, shape: tuple[int, int] | None = None) -> Tensor:
-        return self.gain * super().draw(layer, shape)
+    def draw(self, layer: Layer) -> Tensor:
+        return self.gain * super().draw(layer)
 
     def prepare(self, layer: Layer) -> None:
         layer.register_buffer("feedback", self.draw(layer))
@@ -412,7 +406,8 @@ class DFA(FA):
         axes = len(self._batch)
         wanted = (self._error.shape[1], input_shape[axes:].numel())
         if layer.feedback.numel() == 0 and not hasattr(layer, "_is_replica"):   # DataParallel's forget
-            layer.feedback = self.draw(layer, wanted)
+            like = nn.utils.skip_init(nn.Linear, *wanted[::-1], bias=False)
+            layer.feedback = self.draw(like).to(layer.weight)
         if input_shape[:axes] != self._batch or layer.feedback.shape != wanted:
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
                             f"{tuple(layer.feedback.shape)}; the output's error {tuple(self._error.shape)}; "
@@ -517,8 +512,8 @@ def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
 def _keeps_forward(layer: Layer) -> bool:
     """Does it compute W x + b, and not, as a subclass may, something more or something else?"""
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-    names = {"forward", "_conv_forward"} & {*vars(kind)}
-    return all(getattr(type(layer), n) is getattr(kind, n) and n not in vars(layer) for n in names)
+    return all(getattr(type(layer), name, None) is getattr(kind, name, None) and name not in vars(layer)
+               for name in ("forward", "_conv_forward"))
 
 
 def _gradient(layer: Layer) -> Any:

@@ -13,19 +13,14 @@ lines. What was measured already is not run again (harness/experiment.py).
 """
 from __future__ import annotations
 
-import argparse
 import sys
-import textwrap
-from functools import partial
 from pathlib import Path
 
-from harness import experiment as experiments
-from harness import files, flags, report, session
-from harness.experiment import Experiment
+from harness import claims
+from harness.experiment import ORTHOGONAL, Experiment
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-README = HERE / "README.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+READMES = [RESULTS.parent / "README.md", RESULTS / "README.md"]
 
 REPAIRS = {"backprop": "--rule bp", "FA": "--rule fa", "FA + Muon": "--rule fa --muon",
            "FA + norm": "--rule fa --norm", "FA + Muon + norm": "--rule fa --muon --norm"}
@@ -105,8 +100,8 @@ EXPERIMENTS = {
         "Beyond the paper: what lifts feedback alignment with both repairs further?",
         f"{RESNET} --epochs 10 --validate 10000 --muon --norm",
         {"FA + Muon + norm": "--rule fa", "B × 3": "--rule 'fa(gain=3)'",
-         "orthogonal B": f"--rule {experiments.ORTHOGONAL}",
-         "B × 3, orthogonal": f"--rule '{experiments.ORTHOGONAL}(gain=3)'",
+         "orthogonal B": f"--rule {ORTHOGONAL}",
+         "B × 3, orthogonal": f"--rule '{ORTHOGONAL}(gain=3)'",
          "Muon decay 0.05": "--rule fa --muon-weight-decay 0.05",
          "B × 3, Muon decay 0.05": "--rule 'fa(gain=3)' --muon-weight-decay 0.05"},
         scale=HELD_OUT + "10 epochs."),
@@ -152,146 +147,13 @@ EXPERIMENTS = {
         "--dataset cifar100", {**ALL, "frozen features": "--rule frozen --norm"}, paper=PAPER,
         scale="ResNet-18 of width 64, all of CIFAR-100, 100 epochs."),
 }
-
-
-# ---- the READMEs -------------------------------------------------------------------------------------------
-
-def results(name: str, folder: Path) -> list[dict]:
-    return experiments.results(EXPERIMENTS[name], folder / f"{name}.jsonl")
-
-
-def tables(folder: Path) -> dict[str, str]:
-    """What stands between the READMEs' marks, by name, from the results in this folder."""
-    there = [name for name in EXPERIMENTS if folder == RESULTS or (folder / f"{name}.jsonl").exists()]
-    found = {name: results(name, folder) for name in there}
-    content = {name: experiments.table(EXPERIMENTS[name], lines) for name, lines in found.items()}
-    if {"cifar100-small", "cifar100"} <= found.keys():
-        small, full = found["cifar100-small"], found["cifar100"]
-        table = report.headline(EXPERIMENTS["cifar100-small"], small, EXPERIMENTS["cifar100"], full)
-        content["headline"] = experiments.noted(table, small + full, gap=" ")
-    return content
-
-
-def outdated(folder: Path) -> dict[Path, str]:
-    """The READMEs whose tables are not what the results in this folder say, and what they should be."""
-    content, wrong = tables(folder), {}
-    for path in (README, RESULTS / "README.md"):
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if experiments.written(text, content) != text:
-            wrong[path] = experiments.written(text, content)
-    return wrong
-
-
-def check(folder: Path) -> int:
-    """Print whether the READMEs say what the results in this folder say. Returns the exit status."""
-    if not any(folder.glob("*.jsonl")):
-        raise files.Problem(f"{folder} holds no results to compare with; name a folder that --out was given")
-    wrong = outdated(folder)
-    for path in wrong:
-        print(f"{path} differs from {folder.name}/: run the experiment again, which writes the table anew")
-    if not wrong:
-        print(f"README.md and results/README.md say what {folder.name}/ says")
-    return 1 if wrong else 0
-
-
-def overview(folder: Path) -> str:
-    """Each experiment with its claim, its number of runs, and the hours that results here say they take."""
-    parts: list[str] = []
-    machines: dict[str, None] = {}
-    for name, experiment in EXPERIMENTS.items():
-        lines = results(name, folder)
-        machines.update(dict.fromkeys(line["device"] for line in lines if "device" in line))
-        runs = len(experiment.cells) * len(experiment.columns) * experiment.seeds
-        hours = sum(line["seconds"] for line in lines) / max(1, len(lines)) * runs / 3600
-        took = f"{hours:.2f} hours" if lines else "not measured yet"
-        text = f"{experiment.claim} {experiment.scale}"
-        parts += [f"{name}: {runs} runs, {took}", textwrap.indent(textwrap.fill(text, 90), "    ")]
-    where = ", ".join(machines) or "no runs"
-    return "\n".join(parts) + f"\n\nHours: of one run after another, by {folder.name}/ ({where})."
-
-
-# ---- command line ------------------------------------------------------------------------------------------
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = flags.Parser(prog="reproduce.py", description="Run what is missing of an experiment.",
-                     epilog="python reproduce.py --list says which experiments there are.")
-    p.add_argument("name", nargs="?", choices=EXPERIMENTS, metavar="NAME",
-                   help="the experiment, such as quick")
-    p.add_argument("--list", action="store_true", help="list the experiments: claim, number of runs, hours")
-    p.add_argument("--check", action="store_true",
-                   help="only compare the READMEs' tables with results/, or with --out's folder; status 1 if "
-                        "they differ")
-    p.add_argument("--out", type=Path, metavar="DIR",
-                   help="folder of results of your own; all runs are then run on your machine (default: "
-                        "results/, where the READMEs' numbers are, and whose runs are not repeated)")
-    p.add_argument("--seeds", type=flags.number(int, 1),
-                   help="runs of each row (default: the experiment's own number)")
-    p.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="changes",
-                   help="arguments of train.py that replace the experiment's, such as epochs=10 width=16")
-    p.add_argument("--rule", type=flags.rule, metavar="RULE",
-                   help="another rule beside feedback alignment, such as dfa or my_rule.py:MyRule; what "
-                        "results/ has already is not run again, and all goes to --out (default there: mine)")
-    p.add_argument("--jobs", type=flags.number(int, 1), default=1,
-                   help="runs at a time, sharing the cores, and the GPUs if there are several (default: 1)")
-    p.add_argument("--data", default="data", metavar="DIR",
-                   help="folder of the downloaded data sets (default: data)")
-    p.add_argument("--device", default="auto", help="as for train.py (default: auto)")
-    args = p.parse_args(argv)
-    if args.rule and not args.out:
-        args.out = Path("mine")
-    if (args.name is not None) + args.check + args.list != 1:
-        p.error("name one experiment, or --list or --check: " + ", ".join(EXPERIMENTS))
-    for change in args.changes:
-        if "=" not in change:
-            p.error(f"--set {change}: write FLAG=VALUE, such as epochs=10")
-        if change.startswith("seed="):
-            p.error(f"--set {change}: the seeds of an experiment are 0, 1, ...; say how many with --seeds")
-    return args
-
-
-def reproduce(args: argparse.Namespace) -> None:
-    """Run what is missing of an experiment; print its table, draw its picture, write the READMEs anew."""
-    folder = args.out or RESULTS
-    path = folder / f"{args.name}.jsonl"
-    experiment, done = EXPERIMENTS[args.name], experiments.read(path)
-    if args.rule:
-        experiment = experiments.beside(experiment, args.rule)
-        done = experiments.read(RESULTS / path.name) | done
-    changes = [f"--{change.replace('_', '-')}" for change in args.changes]
-    listed = experiments.jobs(experiment, args.seeds or experiment.seeds, changes)
-    but = f" But with {', '.join(args.changes)}." if args.changes else ""
-    print(f"{args.name}: {experiment.claim} {experiment.scale}{but}", flush=True)
-    missing = [job for job in listed if not experiments.complete(job, done)]
-    if len(missing) < len(listed):
-        print(f"{len(listed) - len(missing)} of {len(listed)} runs are in {folder.name}/{path.name} already")
-    experiments.run_missing(path, missing, done, args.jobs, args.data, args.device)
-    lines = [experiments.named(job, done) for job in listed]
-    print("\n" + experiments.table(experiment, lines) + "\n", flush=True)
-    picture = folder / ("-".join([args.name, *args.changes]).replace("/", "_") + ".png")
-    if report.picture(picture, lambda: report.VIEWS[experiment.view].draw(picture, experiment, lines)):
-        print(picture)
-    if not args.changes and not args.out:
-        for path, text in outdated(RESULTS).items():
-            files.write(path, partial(Path.write_text, data=text, encoding="utf-8"))
+# README's headline table shows the first of these that has all its rows.
+HEADLINE = ["cifar100", "cifar100-half", "cifar100-quarter", "cifar100-small"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    session.speak_anywhere()
-    args = parse(argv)
-    try:
-        if args.check:
-            return check(args.out or RESULTS)
-        if args.list:
-            print(overview(args.out or RESULTS))
-        else:
-            reproduce(args)
-        return 0
-    except (files.Problem, OSError) as e:
-        print(f"reproduce.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with the runs that are missing", file=sys.stderr)
-        return 130
+    """From the command line to the exit status."""
+    return claims.main(argv, claims.Claims(EXPERIMENTS, HEADLINE, RESULTS, READMES))
 
 
 if __name__ == "__main__":

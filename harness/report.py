@@ -144,24 +144,18 @@ def table(experiment, lines: list[dict]) -> str:
     return markdown(head, rows)
 
 
-def headline(small, small_lines: list[dict], full, full_lines: list[dict]) -> str:
-    """The paper's table beside ours, by repair: at a small scale, and at full scale if that is measured."""
-    scales = [("", small, small_lines)] + [(", full scale", full, full_lines)] * bool(full_lines)
-    head = ["test accuracy (%)", *(f"{rule}{scale}" for scale, _, _ in scales for rule in ("backprop", "FA")),
-            "FA, the paper at full scale"]
-    rows = []
+def headline(experiment, lines: list[dict], full) -> str:
+    """The paper's table beside ours, by repair; `full` is the experiment at the paper's scale."""
+    head, rows = ["test accuracy (%)", "backprop", "FA", "FA, the paper at full scale"], []
     for repair in ("", " + Muon", " + norm", " + Muon + norm"):
-        ours = [accuracy(select(lines, f"{rule}{repair}"))
-                for _, _, lines in scales for rule in ("backprop", "FA")]
+        ours = [accuracy(select(lines, f"{rule}{repair}")) for rule in ("backprop", "FA")]
         rows.append([repair[3:] or "neither", *ours, full.paper.get(f"FA{repair}", "–")])
-    notes = []
-    for scale, experiment, lines in scales:
-        seeds = len({line["seed"] for line in lines})
-        what = f"{experiment.scale} {'One seed' if seeds == 1 else f'{seeds} seeds'}; frozen features reach"
-        notes.append(f"{'Full scale: ' if scale else ''}{what} {accuracy(select(lines, 'frozen features'))}.")
-    if not full_lines:
-        notes.append(f"The full scale ({full.scale.rstrip('.')}) has not been measured here yet.")
-    return markdown(head, rows) + "\n\n" + " ".join(notes)
+    seeds = len({line["seed"] for line in lines})
+    note = (f"{experiment.scale} {'One seed' if seeds == 1 else f'{seeds} seeds'}; frozen features reach "
+            f"{accuracy(select(lines, 'frozen features'))}.")
+    if experiment is not full:
+        note += f" The full scale ({full.scale.rstrip('.')}) has not been measured here yet."
+    return f"{markdown(head, rows)}\n\n{note}"
 
 
 def rank_table(experiment, lines: list[dict]) -> str:

@@ -17,7 +17,8 @@ def tiny_experiment(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": one})
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
+    monkeypatch.setattr(reproduce, "READMES", [tmp_path / "README.md", tmp_path / "results" / "README.md"])
+    monkeypatch.setattr(reproduce, "HEADLINE", [])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("before\n<!-- tiny -->\nold\n<!-- end -->\nafter\n")
     return tmp_path
@@ -74,7 +75,7 @@ def test_the_real_readmes_say_what_results_say():
 
 
 def test_the_tuned_learning_rates_are_the_grids_best():
-    lines = reproduce.results("tune", reproduce.RESULTS)
+    lines = experiment.results(reproduce.EXPERIMENTS["tune"], reproduce.RESULTS / "tune.jsonl")
     assert len(lines) == 8 * len(reproduce.EXPERIMENTS["tune"].columns)
     for label, flag in reproduce.TUNED.items():
         best = max((line for line in report.select(lines, label) if not line["diverged"]),
@@ -110,6 +111,22 @@ def test_results_of_ones_own_leave_the_readmes_alone(tiny, monkeypatch, capsys):
     assert reproduce.main(["tiny", "--out", "file/mine"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("reproduce.py: ") and err.count("\n") == 1
+
+
+def test_the_headline_is_of_the_largest_scale_that_has_all_rows(tiny, monkeypatch):
+    readme, one = tiny / "README.md", reproduce.EXPERIMENTS["tiny"]
+    large = one._replace(scale="All.")
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": one._replace(scale="Some."), "large": large})
+    monkeypatch.setattr(reproduce, "HEADLINE", ["large", "tiny"])
+    readme.write_text("<!-- headline -->\nold\n<!-- end -->\n")
+    counted(monkeypatch)
+    assert reproduce.main(["tiny"]) == 0 and "Some. One seed" in readme.read_text()
+    counted(monkeypatch, fail_at=2)
+    assert reproduce.main(["large"]) == 130 and reproduce.main(["tiny"]) == 0
+    assert "(All) has not been measured" in readme.read_text()
+    counted(monkeypatch)
+    assert reproduce.main(["large"]) == 0
+    assert "All. One seed" in readme.read_text() and "Some." not in readme.read_text()
 
 
 def test_the_table_has_means_and_deviations_beside_the_papers_numbers(tiny, monkeypatch, capsys):

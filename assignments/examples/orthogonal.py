@@ -8,8 +8,8 @@ import fa
 
 
 class Orthogonal(fa.FA):
-    def draw(self, layer, shape=None):
-        drawn = super().draw(layer, shape)
+    def draw(self, layer):
+        drawn = super().draw(layer)
         positions = drawn.flatten(2).permute(2, 0, 1) if drawn.dim() > 2 else drawn[None]   # (kh·kw, out, in)
         U, _, Vh = torch.linalg.svd(positions.float(), full_matrices=False)
         flat = (U @ Vh).permute(1, 2, 0).reshape(drawn.shape)

@@ -15,6 +15,7 @@ from test_train import SMALL, small_gratings  # noqa: F401  (a fixture)
 import reproduce
 import train
 from harness import files, report
+from harness.experiment import results
 
 
 def line(label, accuracy, column="", error=(10.0, 20.0), gradient=(4.0, 8.0), trajectory=50.0, seed=0):
@@ -89,15 +90,18 @@ def test_the_rank_and_quick_tables_list_the_layers_below_the_classifier():
                                                                 ["FA", "60.0 ± 14.1", "2", "15, 25"]]
 
 
-def test_the_headline_shows_the_full_scale_once_it_is_measured():
+def test_the_headline_has_the_papers_column_and_says_what_is_not_measured():
     full = reproduce.Experiment("", "", {}, paper={"FA": 1.4}, scale="All of it.")
-    small, lines = full._replace(scale="A part.", paper={}), [line("FA", 0.03), line("backprop", 0.5)]
-    text = report.headline(small, lines, full, [line("FA", 0.02), line("FA", 0.04, seed=1)])
-    assert cells(text)[2] == ["neither", "50.0", "3.0", "not measured", "3.0 ± 1.4", "1.4"]
-    assert "A part. One seed; frozen" in text and "Full scale: All of it. 2 seeds; frozen" in text
-    assert "All of it) has not been measured" in report.headline(small, lines, full, [])
+    part, lines = full._replace(scale="A part.", paper={}), [line("FA", 0.03), line("backprop", 0.5)]
+    text = report.headline(part, lines, full)
+    assert cells(text)[2] == ["neither", "50.0", "3.0", "1.4"]
+    assert "A part. One seed; frozen" in text and "All of it) has not been measured" in text
+    text = report.headline(full, [*lines, line("FA", 0.05, seed=1)], full)
+    assert cells(text)[2] == ["neither", "50.0", "4.0 ± 1.4", "1.4"]
+    assert "All of it. 2 seeds; frozen" in text and "measured here yet" not in text
 
 
+SHORTCUT = reproduce.EXPERIMENTS["shortcut"]
 OVERFLOWN = line("FA", None, error=(math.nan, 3.0))
 OVERFLOWN["rank"][-1]["layers"]["layer 0"]["error"] = None
 
@@ -105,7 +109,7 @@ OVERFLOWN["rank"][-1]["layers"]["layer 0"]["error"] = None
 @pytest.mark.parametrize("experiment, lines", [
     (SWEEP, [{k: v for k, v in one.items() if k != "rank"} for one in SWEPT[2:]]),
     (MAP, MAPPED), (MAP, MAPPED[-1:]), (reproduce.EXPERIMENTS["quick"], [line("backprop", 0.9), OVERFLOWN]),
-    (reproduce.EXPERIMENTS["shortcut"], reproduce.results("shortcut", reproduce.RESULTS)[3:]),
+    (SHORTCUT, results(SHORTCUT, reproduce.RESULTS / "shortcut.jsonl")[3:]),
 ], ids=["no ranks", "a map", "most is missing", "an overflow", "a rule is missing"])
 def test_every_picture_is_drawn_whatever_is_missing(experiment, lines, tmp_path):
     report.VIEWS[experiment.view].draw(tmp_path / "picture.png", experiment, lines)
