@@ -15,8 +15,6 @@ images come from, and how they are checked, is the business of harness/cache.py 
 """
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -58,20 +56,6 @@ def hold_out(dataset: Dataset, count: int) -> Dataset:
     if not 0 < count < len(images):
         raise ValueError(f"cannot hold out {count} of {len(images)} training images: none would be left")
     return Dataset(images[:-count], labels[:-count], images[-count:], labels[-count:], dataset.classes)
-
-
-def digest(dataset: Dataset) -> str:
-    """16 hexadecimal digits for the images, labels and class names together, the same on every machine.
-
-    Any changed byte changes them, and so does another order: a run that goes on can see that it has the data
-    it began with.
-    """
-    shapes = [list(part.shape) for part in dataset[:4]]
-    state = hashlib.blake2b(json.dumps([shapes, dataset.classes]).encode(), digest_size=8)
-    for part in dataset[:4]:
-        array = part.cpu().contiguous().numpy()
-        state.update(array.astype(array.dtype.newbyteorder("<"), copy=False))
-    return state.hexdigest()
 
 
 # ---- gratings ----------------------------------------------------------------------------------------------

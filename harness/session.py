@@ -46,7 +46,7 @@ from tqdm import tqdm
 import data
 import fa
 import muon
-from harness import files, flags, graph, parallel, report, rulefile
+from harness import cache, files, flags, graph, parallel, report, rulefile
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 # The least time between two checkpoints: on a fast GPU an epoch takes little longer than writing one.
@@ -143,7 +143,7 @@ class Run:
         self._parts = model, handle, [optimiser for optimiser, _ in optimisers], generator, recording
         self.per_epoch = data.steps(args.subset or len(dataset.train_images), args.batch_size)
         self.steps = args.epochs * self.per_epoch
-        digest, self.classes = data.digest(dataset), len(dataset.classes)
+        digest, self.classes = cache.digest(dataset), len(dataset.classes)
         self.identity = {"version": flags.VERSION, "data": digest,
                          **{f"--{key.replace('_', '-')}": getattr(args, key) for key in flags.fixed()}}
         speaks = parallel.index() == 0

@@ -1,5 +1,6 @@
 """harness/cache.py: CIFAR is downloaded once and verified, kept whole, and in one order; a cache that holds
-anything else is refused. torchvision really downloads, an archive of made images from this machine."""
+anything else is refused. The digest of a data set sees every byte. torchvision really downloads, an archive of
+made images from this machine."""
 import errno
 import fcntl
 import functools
@@ -21,6 +22,7 @@ import torchvision
 from test_data import NAMES, good, pictures
 from test_files import RunsCode
 
+import data
 from harness import cache, files
 
 CIFAR100 = torchvision.datasets.CIFAR100
@@ -298,3 +300,28 @@ def test_a_cache_of_a_part_of_the_set_is_read_and_said_to_be_one(tmp_path, monke
     torch.save({**good(), "train_images": pictures(100), "train_labels": torch.arange(100)}, path)
     load(tmp_path)
     assert capsys.readouterr().err == ""                        # all that there are
+
+
+PINNED = "b621c4a1608ed547"
+
+
+def test_the_digest_changes_with_anything_and_is_the_same_everywhere():
+    def dataset():
+        labels = torch.arange(4) % 2
+        images = torch.arange(4 * 48).view(4, 3, 4, 4).to(torch.uint8)
+        return data.Dataset(images, labels, images[:2] + 1, labels[:2].clone(), ["ant", "bee"])
+
+    first = dataset()
+    assert cache.digest(first) == PINNED
+    reordered = first.train_images.contiguous(memory_format=torch.channels_last)
+    assert cache.digest(first._replace(train_images=reordered)) == PINNED
+    others = {PINNED}
+    for part in data.Dataset._fields[:4]:
+        for at in (0, -1):
+            changed = dataset()
+            getattr(changed, part).view(-1)[at] ^= 1
+            others.add(cache.digest(changed))
+    for classes in (["ant", "bea"], ["antb", "ee"], ["bee", "ant"]):
+        others.add(cache.digest(first._replace(classes=classes)))
+    others.add(cache.digest(first._replace(train_images=first.train_images.view(4, 3, 2, 8))))
+    assert len(others) == 1 + 8 + 3 + 1
