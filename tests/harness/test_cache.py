@@ -1,6 +1,6 @@
 """harness/cache.py: CIFAR is downloaded once and verified, kept whole, and in one order; a cache that holds
-anything else is refused. The digest of a data set sees every byte. torchvision really downloads, an archive of
-made images from this machine."""
+anything else is refused. The digest of a data set sees every byte. torchvision really downloads, an archive
+of made images from this machine."""
 import errno
 import fcntl
 import functools
