@@ -9,6 +9,7 @@ its own, which may take --seconds; a property that does not apply counts as kept
 What a class must declare:
     uses_weight = True  one of its methods reads the values of layer.weight, all or some, be it through a
                         forward pass, as a weight mirror does. The report says which method it is.
+                        Feedback that learns may not simply be a copy of W.
     learns = True       its feedback changes in training
 A rule such as Kolen-Pollack's, which reads the gradient of W but never W, does not use W.
 """
@@ -182,8 +183,20 @@ def test_changes_nothing_else(submitted):
     expect(not changes(submitted), ". And ".join(changes(submitted)))
 
 
+def copied(rule):
+    """The first layer whose feedback is W after one before_step, if there is one."""
+    model, x, labels, handle = attached(rule)
+    gradients(model, x, labels)
+    handle.before_step()
+    for name, layer in handle.layers.items():
+        made = [getattr(layer, each) for each in handle.made[name]]
+        if any(B.shape == layer.weight.shape and rank.angle(B, layer.weight) < 0.1 for B in made):
+            return layer
+    return None
+
+
 def test_true_path_is_cut(rule):
-    """does not read W, unless the class declares uses_weight = True"""
+    """does not read W, unless the class declares uses_weight = True; keeps no copy of W as feedback"""
     notes = types.SimpleNamespace()
 
     def trained(under=None):
@@ -196,6 +209,9 @@ def test_true_path_is_cut(rule):
         readers = [name for name in METHODS if not same(trained(under=name), plain)]
     text = " and ".join(readers)
     if rule.uses_weight:
+        which = rule.learns and copied(rule)
+        expect(not which, f"after before_step the feedback of {which} is W itself: that is backprop, one "
+               "step late; expected feedback that learns what W is")
         pytest.skip("the class declares uses_weight = True" + f"; W is read in {text}" * bool(readers))
     expect(not readers, f"{text} read{'s' * (len(readers) == 1)} W: with another W in its place the rule "
            "does something else; expected feedback weights of its own, or uses_weight = True in the class")

@@ -35,6 +35,8 @@ SUBMISSIONS = {         # its name: (source, the properties that it lacks or Non
                              [W], ["prepare reads W"]),
     "copies_before_step": (HEAD + LEARNS + BEFORE_STEP + "layer.feedback.copy_(layer.weight)\n",
                            [W], ["before_step reads W"]),
+    "says_that_it_copies": (HEAD + LEARNS + USES + BEFORE_STEP + "layer.feedback.copy_(3 * layer.weight)\n",
+                            [W], ["is W itself"]),
     "copies_by_a_hook": (HEAD + LEARNS + PREPARE + "super().prepare(layer)\n"
                          "        layer.register_forward_pre_hook("
                          "lambda layer, args: (layer.feedback.copy_(layer.weight), None)[1])\n",
