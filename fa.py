@@ -191,6 +191,14 @@ class _Cut:
         hook = BackwardHook(self, [functools.partial(_replace_error, seen=seen)], [])
         return hook.setup_output_hook(_Tie.apply(*hook.setup_input_hook((input, output))))
 
+    def _load_from_state_dict(self: Any, state: dict, prefix: str, *rest: Any) -> None:
+        """A buffer that is, or was when saved, not drawn yet takes the saved size."""
+        for key, buffer in self._buffers.items():
+            saved = state.get(prefix + key)
+            if buffer is not None and saved is not None and 0 in (buffer.numel(), saved.numel()):
+                setattr(self, key, buffer.new_empty(saved.shape))
+        super()._load_from_state_dict(state, prefix, *rest)             # type: ignore[misc]
+
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
         """Let pickle and deepcopy find the mixed class by the one it was made of."""
         return _blank, (self.crossing.plain,), *super().__reduce_ex__(protocol)[2:]
@@ -300,8 +308,7 @@ class Attachment:
             if getattr(module, "inplace", False) is True:
                 module.inplace, module.was_inplace = False, True
         first = functools.partial(_stem_is_first, self._mode)
-        self._hooks = [model.register_load_state_dict_pre_hook(_fit),
-                       *(layer.register_forward_pre_hook(first, with_kwargs=True) for layer in stem.values())]
+        self._hooks = [layer.register_forward_pre_hook(first, with_kwargs=True) for layer in stem.values()]
         self._see_gradients()
 
     def __repr__(self) -> str:
@@ -575,15 +582,6 @@ def _is_cut(layer: Any) -> bool:
 def _blank(plain: Any) -> nn.Module:
     """An empty layer, for pickle and deepcopy to fill."""
     return _cut(plain).__new__(_cut(plain))
-
-
-def _fit(model: nn.Module, state: dict, prefix: str, *_) -> None:
-    """Before load_state_dict: buffers that are, or were when saved, not drawn yet take the saved size."""
-    for name, layer in model.named_modules(prefix=prefix.rstrip(".")):
-        for key, buffer in list(layer._buffers.items()) if hasattr(layer, "rule") else []:
-            saved = state.get(f"{name}.{key}" if name else key)
-            if buffer is not None and saved is not None and 0 in (buffer.numel(), saved.numel()):
-                setattr(layer, key, buffer.new_empty(saved.shape))
 
 
 if __name__ == "__main__":
