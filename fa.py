@@ -19,7 +19,7 @@ towards B, so that the random errors become useful ones. `python fa.py` shows th
 In this file a *rule* says how the error crosses one layer, and nothing else: loss, nonlinearities,
 normalisation, pooling and additions keep autograd's own backward. A new rule overrides one short method:
 
-    class Unreliable(fa.FA):            # what if half of the feedback synapses fail, other ones each time?
+    class Unreliable(fa.FA):        # what if half of the feedback synapses fail, a different half each time?
         def backward(self, layer, error, input_shape):
             return fa.project(layer, F.dropout(layer.feedback), error, input_shape)
 
@@ -62,7 +62,7 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     layer        nn.Linear, or nn.Conv2d with zero padding and any stride, padding, dilation and groups
     weight       shaped like layer.weight: (out, in) or (out, in / groups, kh, kw)
     error        δ at the output: (..., out) or (N, out, H', W')
-    input_shape  of the layer's input: (..., in) or (N, in, H, W); a strided convolution cannot tell it from δ
+    input_shape  of the layer's input: (..., in) or (N, in, H, W); with a stride it does not follow from δ's
     returns      δ at the input, of input_shape, in the error's dtype
 
     For Linear this is  δ_in = δ W  on rows, the batched form of Wᵀδ. A convolution is the same product with
@@ -75,10 +75,8 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     if error.dim() == 3:                                # one unbatched image
         return project(layer, weight, error[None], torch.Size((1, *input_shape)))[0]
     before, extra = layer.padding, [0, 0]               # zeros before the image; zeros more after it
-    if before == "valid":
-        before = [0, 0]
-    elif before == "same":
-        sums = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+    if isinstance(before, str):                         # "same", or "valid": none
+        sums = [d * (k - 1) * (before == "same") for d, k in zip(layer.dilation, layer.kernel_size)]
         before, extra = [s // 2 for s in sums], [s % 2 for s in sums]
     n, channels, height, width = input_shape
     padded = (n, channels, height + extra[0], width + extra[1])
@@ -120,7 +118,7 @@ class Rule:
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor | None:
         """δ at the layer's output -> δ at its input, of input_shape; or None, and nothing below learns.
 
-        Called in every backward pass, without autograd.
+        Called in every backward pass; autograd records it under create_graph=True alone.
         """
         raise NotImplementedError(f"{type(self).__name__} has no backward(layer, error, input_shape)")
 
@@ -131,7 +129,8 @@ class Rule:
         """A tensor like layer.weight, drawn on the CPU by the same initialiser: layer.initialise(tensor,
         generator=...) where the model says one, else torch's default, uniform in ±1/√fan_in."""
         initialise = getattr(layer, "initialise", functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5))
-        drawn = initialise(torch.empty(layer.weight.shape), generator=self.generator)
+        drawn = initialise(torch.empty(layer.weight.shape, dtype=torch.float32, device="cpu"),
+                           generator=self.generator)
         return torch.empty_like(layer.weight).copy_(drawn)      # its device, dtype and order in memory
 
     def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to a process
@@ -151,7 +150,7 @@ class Rule:
 class FA(Rule):
     """Feedback alignment: δ_in = Bᵀδ, with B drawn like W and fixed (Lillicrap et al. 2016; paper, Eq. 4).
 
-    gain    B is drawn so many times larger than W. It matters where another path carries the error too: a
+    gain    how many times larger B is drawn than W. It matters where another path carries the error too: a
             residual block's shortcut is exact, so the gain weighs the branch against it
     """
 
@@ -174,8 +173,8 @@ class FA(Rule):
 # ---- the hook ----------------------------------------------------------------------------------------------
 
 class _Cut:
-    """Mixed into the class of each layer that has a rule: its forward, the true path cut, the hook inside,
-    so that it sees the whole error at the output, whatever forward hooks make of that output."""
+    """Mixed into the class of each layer that has a rule. Its forward cuts the true path and ties it again,
+    inside any forward hooks: so the rule gets the whole error at the layer's own output, whatever they do."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
         if self.crossing.mode.exact:
@@ -184,6 +183,7 @@ class _Cut:
             _refuse_to_compile()
         output = super().forward(input.detach())                        # type: ignore[misc]
         self.crossing.used |= torch.is_grad_enabled()
+        self.crossing.within = torch._C._current_graph_task_id()        # a backward pass; -1 outside of one
         if not (input.requires_grad and torch.is_grad_enabled()):       # no error is wanted below
             return output
         seen = (input.detach(), output.detach()) if self.rule.needs_input else None
@@ -267,7 +267,8 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError(f"the model is compiled: {UNCOMPILED}")
     layers, unknown = find(model)
-    stems = dict(list(layers.items())[:1]) if stem is None else _named(layers, stem)
+    readers = {name: m for name, m in model.named_modules() if name in layers or isinstance(m, Layer)}
+    stems = dict(list(readers.items())[:1]) if stem is None else _named(readers, stem)
     chosen = (layers if only is None else _named(layers, only)).keys() - _named(layers, except_)
     hidden = {name: layer for name, layer in layers.items() if name in chosen - stems.keys()}
     if isinstance(rule, BP):
@@ -277,7 +278,7 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
             raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its "
                              "handle first")
         check(layer)
-    if hidden and unknown:
+    if unknown and not isinstance(rule, BP):
         named = ", ".join(f"{name} ({type(m).__name__})" for name, m in unknown.items())
         warnings.warn(f"{type(rule).__name__} goes through Linear and Conv2d only; exact backprop goes "
                       f"through {named}", stacklevel=2)
@@ -294,9 +295,8 @@ class Attachment:
         with contextlib.ExitStack() as undo:
             undo.callback(self.remove)                  # if the rule cannot prepare a layer, all is as before
             for name, layer in layers.items():
-                layer.crossing = types.SimpleNamespace(name=name, plain=type(layer), used=False,
-                                                       mode=self._mode)
-            for name, layer in layers.items():
+                layer.crossing = types.SimpleNamespace(name=name, plain=type(layer), mode=self._mode,
+                                                       within=-1, used=_gradient(layer) is not None)
                 before = {*layer._buffers, *layer._parameters}
                 try:
                     rule.prepare(layer)
@@ -309,7 +309,6 @@ class Attachment:
                 module.inplace, module.was_inplace = False, True
         first = functools.partial(_stem_is_first, self._mode)
         self._hooks = [layer.register_forward_pre_hook(first, with_kwargs=True) for layer in stem.values()]
-        self._see_gradients()
 
     def __repr__(self) -> str:
         stem = f"; the stem is {', '.join(self._stem)}" if self._stem else ""
@@ -318,7 +317,7 @@ class Attachment:
     def before_step(self) -> None:
         """Call after the backward pass and before the optimiser's step; clip gradients before it, not after.
 
-        Raises HookError if the rule did not carry the error through one of its layers, whatever the reason.
+        Raises HookError if a layer was replaced, its forward changed, or its weight used without calling it.
         """
         there = dict(self._model.named_modules(remove_duplicate=False))
         for name, layer in self.layers.items():
@@ -332,19 +331,14 @@ class Attachment:
                 raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: "
                                 f"{wrong}; attach the rule when the model is complete, and change nothing of "
                                 "its layers until remove()")
-            layer.crossing.used = False
         for layer in self.layers.values():
             self.rule.before_step(layer)
             for seen in ("input", "output"):
                 vars(layer).pop(seen, None)
-        self.rule.targets = None                        # those of the next batch are others
-        self._see_gradients()
-
-    def _see_gradients(self) -> None:
-        """Note on each weight's gradient how often it had been written to, to know a new one by."""
-        for gradient in map(_gradient, self.layers.values()):
+            layer.crossing.used, gradient = False, _gradient(layer)
             if gradient is not None:
-                gradient.seen = gradient._version
+                gradient.seen = gradient._version       # how often it was written to, to know a new one by
+        self.rule.targets = None                        # those of the next batch are others
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -391,7 +385,7 @@ class DFA(FA):
     Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the
     classes would be, so for the classifier itself DFA and FA are one. A hidden layer does not use the error
     that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. The output is the
-    layer whose error comes first in a backward pass. Expect of it: about what FA reaches. Raises RuleError
+    layer whose error comes first in a backward pass. Expect about what FA reaches. Raises RuleError
     where an input has its batch not on the first axis, or other units than before.
     """
 
@@ -404,7 +398,8 @@ class DFA(FA):
         return error
 
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor:
-        this_pass = torch._C._current_graph_task_id()
+        within = layer.crossing.within                  # a checkpoint has a pass of its own within the pass
+        this_pass = torch._C._current_graph_task_id() if within < 0 else within
         if this_pass != self._pass or layer is self._output:
             alone = error.dim() == (1 if isinstance(layer, nn.Linear) else 3)   # one image, no batch axis
             self._batch = error.shape[:0 if alone else 1]                       # () or (N,)
@@ -423,9 +418,9 @@ class DFA(FA):
 
 
 class SignSymmetry(FA):
-    """Sign-symmetry: δ_in = (sign W ⊙ |B|)ᵀδ, signs of W, magnitudes of B (uSF: Liao, Leibo & Poggio 2016).
+    """Sign-symmetry: δ_in = (sign W ⊙ |B|)ᵀδ, signs of W, magnitudes of B (Liao, Leibo & Poggio 2016: frSF).
 
-    A synapse must know one bit of another. Expect of it: between FA and backprop in a short training, near
+    A synapse must know one bit of another. Expect something between FA and backprop in a short training, near
     backprop in a long one, even on ImageNet (Xiao et al. 2018).
     """
 
@@ -441,7 +436,7 @@ class KolenPollack(FA):
         W ← (1 - ηλ) W + ΔW        B ← (1 - ηλ) B + ΔW        so  W - B  ←  (1 - ηλ) (W - B)
 
     Only a locally known update is transported; the weight decay λ forgets the difference, and ∠(W, B) falls
-    to 0. Expect of it: FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)), and
+    to 0. Expect FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)), and
     much sooner where the common updates outgrow the first weights, as Muon's do.
 
     B is a parameter: attach before the optimiser is made, and give it the same one as W. Raises ValueError
@@ -457,7 +452,9 @@ class KolenPollack(FA):
 
     def before_step(self, layer: Layer) -> None:
         now = layer.weight.detach(), layer.feedback.detach()
-        first = vars(layer.crossing).setdefault("first", [tensor.clone() for tensor in now])
+        if not hasattr(layer.crossing, "first"):
+            layer.crossing.first = [tensor.clone() for tensor in now]
+        first = layer.crossing.first
         moved = [not torch.equal(*pair) for pair in zip(now, first)]    # empty once B has been seen to move
         if moved == [True, False]:
             raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make it "
@@ -485,7 +482,7 @@ RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "sign": SignSymm
 # ---- guards ------------------------------------------------------------------------------------------------
 
 class HookError(RuntimeError):
-    """An error crossed a layer on another way than by the rule."""
+    """An error crossed a layer in some way other than the rule's, or an optimiser left out the feedback."""
 
 
 class RuleError(RuntimeError):
@@ -503,15 +500,15 @@ def check(layer: Layer) -> None:
 
 def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
     """(layers, unknown) by name: what a rule goes through, and what else carries an error by a matrix."""
-    layers, unknown, inside = {}, {}, set()
+    layers, unknown = {}, {}
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):   # reads the weight of its out_proj, but never calls it
-            inside.update(module.children())
-        if module in inside:
+        if any(module is m.out_proj for m in attention):    # it reads the weight of it, but never calls it
             continue
         if isinstance(module, Layer) and (_is_cut(module) or _keeps_forward(module)):
             layers[name] = module
-        elif isinstance(module, Layer) or _has_matrix(module):
+        elif ((isinstance(module, Layer) or _has_matrix(module))
+              and name.partition(".parametrizations.")[0] not in layers):
             unknown[name] = module
     return layers, unknown
 
@@ -530,7 +527,7 @@ def _gradient(layer: Layer) -> Any:
 
 def _has_matrix(module: nn.Module) -> bool:
     """Does an error cross a parameter of it by a matrix? One of shape (1, tokens, units) is only added."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.PReLU):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.RMSNorm):
         return False
     torchs = type(module).__module__.startswith("torch.nn")
     return any(isinstance(p, UninitializedParameter) or

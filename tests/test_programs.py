@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import fa
 import muon
@@ -256,6 +257,21 @@ def test_layers_that_are_not_known_keep_exact_backprop_and_are_named_once():
         warnings.simplefilter("error")
         fa.attach(ours, fa.BP())                                # goes through everything
     assert [*fa.find(nn.ConvTranspose2d(1, 4, 3))[1]] == [""]
+    model = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)), nn.RMSNorm((4, 4)))
+    assert [*fa.find(model)[1]] == []
+
+
+def test_a_stem_with_a_forward_of_its_own_is_the_stem_and_is_named_where_no_layer_has_the_rule():
+    model = nn.Sequential(LinearReLU(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    for stem in (None, ["0"], model[0]):
+        with pytest.warns(UserWarning, match=r"exact backprop goes through 0 \(LinearReLU\)"):
+            handle = fa.attach(model, fa.FA(), stem=stem)
+        assert [*handle.layers] == ["1", "2"]
+        model(torch.randn(5, 3)).sum().backward()
+        handle.before_step()
+        handle.remove()
+    with pytest.warns(UserWarning, match=r"exact backprop goes through 0 \(LinearReLU\), 1 \(LinearReLU\)"):
+        fa.attach(nn.Sequential(LinearReLU(3, 4), LinearReLU(4, 2)), fa.FA())
 
 
 # ---- models that travel ------------------------------------------------------------------------------------
@@ -397,6 +413,23 @@ def test_dfa_uses_the_error_of_this_pass_and_of_no_other():
     fa.attach(other := network(), model.body.rule)              # one rule, two models
     backward(other)
     model(x, 0).square().sum().backward()
+
+
+def test_dfa_uses_the_outputs_error_within_a_checkpoint():
+    torch.manual_seed(0)
+    stem, head = nn.Linear(3, 8), nn.Linear(8, 4)
+    block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model, x = nn.Sequential(stem, block, head), torch.randn(5, 3)
+    fa.attach(model, fa.DFA())
+    found = []
+    for reentrant in (None, True, False, True):
+        model.zero_grad()
+        hidden = stem(x).tanh()
+        hidden = block(hidden) if reentrant is None else checkpoint(block, hidden, use_reentrant=reentrant)
+        head(hidden).square().sum().backward()
+        found.append(grads(model))
+    for other in found[1:]:
+        agree(other, found[0])
 
 
 def test_dfa_takes_other_batches_and_an_empty_one():

@@ -150,6 +150,14 @@ def test_the_seed_alone_decides_on_the_feedback_and_the_global_generator_is_left
             drawn.append(model[2].feedback.detach().clone())
             handle.remove()
         assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+        for setting, value, usual in ((torch.set_default_dtype, torch.float64, torch.float32),
+                                      (torch.set_default_device, "meta", "cpu")):
+            setting(value)
+            try:
+                drawn.append(rule(seed=0).draw(model[2]))
+            finally:
+                setting(usual)
+        assert torch.equal(rule(seed=0).draw(model[2]), drawn[-1]) and torch.equal(drawn[-2], drawn[-1])
 
 
 # ---- what a rule may keep, ask for and make, and where -----------------------------------------------------
