@@ -95,17 +95,19 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True,
                  weight_decay: float = 0.0, steps: int = 5, dtype: torch.dtype = torch.bfloat16):
-        if not isinstance(lr, Tensor) and not 0 <= lr < math.inf or not 0 <= weight_decay < math.inf:
-            raise ValueError("lr and weight_decay must be finite and at least 0, "
-                             f"not {lr} and {weight_decay}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), not {momentum}")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                                       steps=steps, dtype=dtype))
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        added = self.param_groups[-1]["params"]
+        group = self.param_groups[-1]
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        if not isinstance(lr, Tensor) and not 0 <= lr < math.inf or not 0 <= weight_decay < math.inf:
+            raise ValueError("lr and weight_decay must be finite and at least 0, "
+                             f"not {lr} and {weight_decay}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), not {momentum}")
+        added = group["params"]
         if len(set(added)) < len(added):
             raise ValueError("Muon was given a parameter more than once, and would step it as often")
         for p in added:

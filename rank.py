@@ -20,7 +20,7 @@ measured:
     trajectory   (steps, weights), a row per gradient of successive steps. At most the number of steps
 
 The singular values come from a Gram matrix of the smaller side in float64 (σ² are its eigenvalues): for 512 ×
-4608 that is four times faster than an SVD, and float64 keeps what squaring loses.
+4608 that is several times faster than an SVD, and float64 keeps what squaring loses.
 
 That feedback alignment has updates of low rank and a low accuracy does not show that the one causes the
 other. An intervention can. Write the update that an optimiser is about to apply as  ΔW = Σ_i σ_i p_i q_iᵀ.
@@ -58,7 +58,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     Raises ValueError unless the matrix has two dimensions, is not empty and is finite, as must be σ₁.
     """
     if matrix.dim() != 2 or matrix.numel() == 0:
-        raise ValueError(f"rank is measured of a non-empty matrix, not of shape {tuple(matrix.shape)}")
+        raise ValueError(f"rank needs a non-empty matrix, not one of shape {tuple(matrix.shape)}")
     M = matrix.detach().double()
     largest = M.abs().max()
     if not largest.isfinite():
@@ -117,16 +117,16 @@ def alignment(handle: Any, loss: Callable[[], Tensor]) -> dict[str, float]:
     """Angle in degrees between the rule's gradient of each weight and backprop's, by the layer's name.
 
     handle  what fa.attach returned
-    loss    () -> scalar: the forward pass and the loss, run twice with the same random numbers
+    loss    () -> scalar: the forward pass and the loss, run twice with the same random numbers. For a rule
+            that needs targets, set handle.rule.targets in it: before_step has cleared them
 
     NaN where one of the gradients is zero. No .grad changes, but batch norm counts both passes; put the model
     into eval() where that matters.
     """
     weights = {name: layer.weight for name, layer in handle.layers.items()}
-    state, found = torch.get_rng_state(), []
+    found, gpus = [], {w.device for w in weights.values() if w.is_cuda}
     for way in contextlib.nullcontext, handle.exact:
-        torch.set_rng_state(state)
-        with way():
+        with torch.random.fork_rng([*gpus]), way():
             found.append(torch.autograd.grad(loss(), [*weights.values()], allow_unused=True,
                                              materialize_grads=True))
     return {name: angle(*pair) for name, *pair in zip(weights, *found)}

@@ -108,5 +108,7 @@ def test_a_step_takes_a_closure_and_skips_parameters_without_a_gradient():
     ((2, 2), dict(momentum=1), "momentum"), ((2, 2), dict(weight_decay=-1), "weight_decay"),
     ((3,), {}, r"shape \(3,\)"), ((0, 3), {}, r"shape \(0, 3\)")], ids=str)
 def test_what_is_out_of_range_or_no_matrix_is_refused(shape, kwargs, said):
-    with pytest.raises(ValueError, match=said):
-        muon.Muon([nn.Parameter(torch.zeros(shape))], **kwargs)
+    weight = nn.Parameter(torch.zeros(shape))
+    for group in ([weight], kwargs), ([{"params": [weight], **kwargs}], {}):        # of all, or of one group
+        with pytest.raises(ValueError, match=said):
+            muon.Muon(group[0], **group[1])
