@@ -212,8 +212,8 @@ def draw_normalisation(path: Path, cosines: dict[str | None, list[float]],
     figure, axes = report.figure_of(1, 2, size=(12, 4.4))
     left, right = axes[0]
     # The widest first, so that a curve that lies on another leaves it a rim.
-    styles = {None: ("#BBBBBB", 6.0), "layer": ("#E69F00", 3.5), "rms": ("#000000", 1.2),
-              "batch": ("#0072B2", 4.5), "whiten": ("#56E0B0", 1.5)}
+    styles = {None: ("#BBBBBB", 6.0), "layer": ("#C9A227", 3.5), "rms": ("#5A3A00", 1.2),
+              "batch": ("#5A7D2A", 4.5), "whiten": ("#C6E48B", 1.5)}
     for kind, (colour, linewidth) in styles.items():
         depth = range(1, len(cosines[kind]) + 1)
         left.plot(depth, cosines[kind], color=colour, linewidth=linewidth, label=kind or "none")

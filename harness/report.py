@@ -269,12 +269,14 @@ def colours(labels: Sequence[str]) -> list[str]:
     return chosen
 
 
-def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none"):
+def figure_of(*shape: int, size: tuple[float, float], sharey: str = "none",
+              heights: list[int] | None = None):
     """(figure, axes as an array of that shape): no display needed, no frame around the axes."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey,
+                                height_ratios=heights)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -397,8 +399,8 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     for (label, records), shade, width in zip(runs, shades, widths(len(runs))):
         style = {"color": shade, "marker": "o", "markersize": width + 1.5, "linewidth": width}
         last = records[-1]["layers"]
-        names, depth = list(last), range(1, len(last) + 1)
-        hidden = names[1:-1] or names
+        names = list(last)[:-1] or list(last)                   # the classifier's error has few directions
+        hidden, depth = names[1:] or names, range(1, len(names) + 1)
         epochs = [record["epoch"] for record in records]
 
         def ranks(layers: dict, names: list[str], kind: str) -> list[float]:
@@ -425,16 +427,16 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
     trajectory.plot([e for e, _ in rows], [t["rows"] for _, t in rows], ":", color="#888888")
     alignment.axhline(90, linestyle=":", color="#888888", label="90°: unrelated")
     alignment.legend(frameon=False, fontsize=9)
-    by_depth.set(title="error δ, after training", xlabel="layer, from stem to classifier",
+    by_depth.set(title="error δ, after training", xlabel="layer, from the stem up",
                  ylabel="effective rank")
-    gradients.set(title="weight gradient, after training", xlabel="layer, from stem to classifier",
+    gradients.set(title="weight gradient, after training", xlabel="layer, from the stem up",
                   ylabel="effective rank")
-    over_epochs.set(title=f"weight gradient of {hidden[-1]}", xlabel="epoch", ylabel="effective rank")
+    over_epochs.set(title=f"weight gradient of layer {len(names)}", xlabel="epoch", ylabel="effective rank")
     trajectory.set(title="gradient trajectory, whole network", xlabel="epoch", ylabel="effective rank so far")
-    spectrum.set(title=f"error δ of {hidden[-1]}", xlabel="i", ylabel="singular value σ_i / σ_1",
-                 xscale="log", yscale="log", ylim=(1e-4, 1.5))  # what is smaller does not count
+    spectrum.set(title=f"error δ of layer {len(names)}, after training", xlabel="i", yscale="log",
+                 ylabel="singular value σ_i / σ_1", xscale="log", ylim=(1e-4, 1.5))
     alignment.set(title="angle to backprop's gradient", xlabel="epoch",
-                  ylabel="degrees, mean of hidden layers", ylim=(-4, None))
+                  ylabel=f"degrees, mean of layers 2 to {len(names)}", ylim=(-4, None))
     for axes in (by_depth, gradients, over_epochs, trajectory):
         axes.set_ylim(0, None)
     for axes in (by_depth, gradients, over_epochs, trajectory, alignment):
@@ -473,14 +475,15 @@ def draw_quick(path: Path, experiment, lines: list[dict]) -> None:
 
 def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
     """Test accuracy by epoch, one colour a cell, a line a seed, each named at its end."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
     ends = []
-    for label in experiment.cells:
+    for label, width in zip(experiment.cells, widths(len(experiment.cells))):
         cell = select(lines, label)
         for line in cell:
             epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
             axes.plot([e["epoch"] for e in epochs], [100 * e["test_accuracy"] for e in epochs], "o-",
-                      markersize=3, color=colour(label), linewidth=2)
+                      markersize=width + 0.5, color=colour(label), linewidth=width)
             last = epochs[-1]["epoch"] if epochs else 0
         if cell:
             height = mean_accuracy(cell)
@@ -494,7 +497,7 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
     for (_, last, label), place in zip(sorted(ends), places):
         axes.annotate(label, (last, place - (places[-1] - top) / 2), xytext=(6, 0),
                       textcoords="offset points", va="center", color=colour(label), fontsize=11,
-                      annotation_clip=False)
+                      annotation_clip=False, path_effects=[withStroke(linewidth=3, foreground="white")])
     axes.axhline(low, color="#999999", linewidth=1, linestyle=":")
     axes.annotate("chance", (0.7 * max(last for _, last, _ in ends), low), xytext=(0, 7),
                   textcoords="offset points", color="#666666")
@@ -513,12 +516,25 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
     figure, grid = figure_of(1 + recorded, len(names), sharey="row",
                              size=(max(7.5, 2 + 4 * len(names)), 4 + 3 * recorded))
     ticks, positions, scale = axis(list(experiment.columns))
+    # Columns that are numbers come first; the others have no order, so no line leads from one to the next.
+    numbers = sum(column.replace(".", "").isdecimal() for column in experiment.columns)
+    floor = min(chance(line) for line in lines)
     for j, panel in enumerate(names):
-        for label in [label for label in experiment.cells if label.rpartition(": ")[0] == panel]:
-            style = {"marker": "o", "markersize": 4, "linewidth": 2, "color": colour(label),
+        labels = [label for label in experiment.cells if label.rpartition(": ")[0] == panel]
+        for label, width in zip(labels, widths(len(labels))):
+            style = {"marker": "o", "markersize": width + 1.5, "linewidth": width, "color": colour(label),
                      "label": label.rpartition(": ")[2]}
             cells = [select(lines, label, column) for column in experiment.columns]
-            grid[0, j].plot(positions, [nan(mean_accuracy(cell)) for cell in cells], **style)
+            heights = [nan(mean_accuracy(cell)) for cell in cells]
+            grid[0, j].plot(positions[:numbers], heights[:numbers], **style)
+            if numbers < len(positions):
+                style |= {"linestyle": "none", "markersize": 7, "label": None if numbers else style["label"]}
+                grid[0, j].plot(positions[numbers:], heights[numbers:], **style)
+            lost = [x for x, cell in zip(positions, cells) if cell and not accuracies(cell)]
+            grid[0, j].plot(lost, [floor] * len(lost), "x", markersize=9, color=colour(label))
+            for x in lost:
+                grid[0, j].annotate("diverged", (x, floor), xytext=(0, 7), textcoords="offset points",
+                                    ha="center", fontsize=10, color=colour(label))
             if recorded:
                 ranks: list = [[hidden_error_rank(line) for line in cell] for cell in cells]
                 means = [statistics.mean(r) if r and None not in r else math.nan for r in ranks]
@@ -529,7 +545,7 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
                     grid[1, j].annotate("no error arrives:\nzero, not collapsed", (x, 0), xytext=(0, 9),
                                         ha="center", textcoords="offset points", fontsize=10,
                                         color=colour(label))
-        grid[0, j].axhline(min(chance(line) for line in lines), color="#999999", linewidth=1, linestyle=":")
+        grid[0, j].axhline(floor, color="#999999", linewidth=1, linestyle=":", label="chance")
         grid[0, j].set_title(panel)
     for ax in grid.flat:
         ax.set(xscale=scale, xlabel=experiment.axis, ylim=(0, None))
@@ -544,29 +560,41 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
 
 
 def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
-    """Accuracies, and by residual block the branch's share of the error and its angle to backprop's."""
-    figure, ((left, middle, right),) = figure_of(1, 3, size=(15, 5))
-    labels = [label for label in experiment.cells if select(lines, label)]
-    tails = list(dict.fromkeys(label.partition(": ")[2] for label in labels))
-    shades, dashes = dict(zip(tails, colours(tails))), dict(zip(panels(experiment), ("-", "--", ":")))
-    for i, label in enumerate(labels):
-        panel, _, tail = label.partition(": ")
-        cell = select(lines, label)
-        left.barh(-i, mean_accuracy(cell), color=shades[tail])
-        left.text(mean_accuracy(cell), -i, f" {accuracy(cell)}", va="center", fontsize=8)
-        for ax, what in zip((middle, right), WAYS):
-            seeds = [[nan(value) for value in by_block(line, *what)] for line in cell]
-            heights = [statistics.mean(block) for block in zip(*seeds)]
-            if not all(math.isnan(height) for height in heights):
-                ax.plot(range(1, len(heights) + 1), heights, marker="o", markersize=4, color=shades[tail],
-                        linestyle=dashes[panel], label=label)
-    left.set_yticks(range(0, -len(labels), -1), labels, fontsize=8)
-    left.set_xlabel(f"{measured(lines)} accuracy (%)")
-    middle.set(ylim=(-3, 103), xlabel="residual block",
-               ylabel="share of the error that comes by the branch (%)")
-    right.set(ylim=(-3, 103), xlabel="residual block", ylabel="angle of the error to backprop's (degrees)")
-    right.axhline(90, color="#888888", linewidth=0.8, linestyle=":")
-    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    """By kind of shortcut: accuracies, and by residual block the branch's share of the error and its angle to
+    backprop's. The bars' colours are those of the curves."""
+    there = [label for label in experiment.cells if select(lines, label)]
+    tails = list(dict.fromkeys(label.partition(": ")[2] for label in there))
+    shades = dict(zip(tails, colours(tails)))
+    kinds = {panel: [label for label in there if label.partition(": ")[0] == panel]
+             for panel in panels(experiment)}
+    figure, grid = figure_of(len(kinds), 3, size=(15, 1.5 + 0.75 * len(there)),
+                             heights=[max(4, len(labels)) for labels in kinds.values()])
+    for (left, *others), (panel, labels) in zip(grid, kinds.items()):
+        for i, (label, width) in enumerate(zip(labels, widths(len(labels)))):
+            cell, shade = select(lines, label), shades[label.partition(": ")[2]]
+            left.barh(-i, nan(mean_accuracy(cell)), color=shade)
+            left.text(mean_accuracy(cell) or 0, -i, f" {accuracy(cell)}", va="center", fontsize=11)
+            for ax, what in zip(others, WAYS):
+                seeds = [[nan(value) for value in by_block(line, *what)] for line in cell]
+                heights = [statistics.mean(block) for block in zip(*seeds)]
+                ax.plot(range(1, len(heights) + 1), heights, "o-", markersize=width + 1.5, color=shade,
+                        linewidth=width)
+        left.set_yticks(range(0, -len(labels), -1), [label.partition(": ")[2] for label in labels],
+                        fontsize=12)
+        left.set_title(panel if "shortcut" in panel else f"shortcuts: {panel}", fontsize=12)
+        left.set_ylim(0.4 - max(4, len(labels)), 0.6)
+        left.set_xlim(0, 1.25 * max(nan(mean_accuracy(select(lines, label))) for label in there))
+        for ax in others:
+            ax.set(ylim=(-3, 103), xticks=range(1, 9))
+            for block in (3, 5, 7):                             # there the shape changes
+                ax.axvline(block, color="#CCCCCC", linewidth=1, zorder=0)
+        others[1].axhline(90, color="#888888", linewidth=1, linestyle=":")
+    grid[0, 1].set_title("share of the error that comes by the branch (%)", fontsize=12)
+    grid[0, 2].set_title("angle of the error to backprop's (degrees)", fontsize=12)
+    grid[-1, 0].set_xlabel(f"{measured(lines)} accuracy (%)", fontsize=12)
+    for ax in grid[-1, 1:]:
+        ax.set_xlabel("residual block, from the first up", fontsize=12)
+    figure.supxlabel("Where a line is grey, the block changes the shape of the activations.", fontsize=12)
     save(figure, path)
 
 
