@@ -6,8 +6,8 @@
     for images, labels in data.batches(dataset.train_images, dataset.train_labels, 128, generator):
         logits = model(normalise(images))
 
-A data set of this size is a few hundred megabytes as uint8, so it stays on the device, and `batches` crops,
-flips and normalises there, all images of a batch at once: no worker processes, no image ever decoded twice.
+CIFAR is 184 MB as uint8, so it stays on the device, where `batches` crops and flips and `Normalise`
+normalises, all images of a batch at once: no worker processes, no image ever decoded twice.
 
 `gratings` are made: coloured stripes under noise, to be told apart by orientation, 18 degrees from class to
 class. They take a second and are hard enough to separate the learning rules (see the README). Where the other
@@ -54,16 +54,17 @@ def hold_out(dataset: Dataset, count: int) -> Dataset:
     """
     images, labels = dataset.train_images, dataset.train_labels
     if not 0 < count < len(images):
-        raise ValueError(f"cannot hold out {count} of {len(images)} training images: none would be left")
+        raise ValueError(f"cannot hold out {count} of {len(images)} training images: expected at least 1, "
+                         "and at least 1 that is left")
     return Dataset(images[:-count], labels[:-count], images[-count:], labels[-count:], dataset.classes)
 
 
 # ---- gratings ----------------------------------------------------------------------------------------------
 
 def gratings(train: int = 5000, test: int = 1000, seed: int = 0, noise: float = 60.0) -> Dataset:
-    """Oriented coloured gratings, 32×32, 10 classes: class k is stripes at 18k ± 6 degrees.
+    """Coloured gratings, 32×32, 10 classes: class k's stripes run across the direction 18k ± 6 degrees.
 
-    Frequency (3 to 7 periods an image), phase, both colours and the noise are drawn anew for each image, so
+    Frequency (3 to 7 periods per image), phase, both colours and the noise are drawn anew for each image, so
     no pixel and no colour tells the class. `noise` is the standard deviation of white noise, in grey levels.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +90,7 @@ def gratings(train: int = 5000, test: int = 1000, seed: int = 0, noise: float = 
 # ---- batches -----------------------------------------------------------------------------------------------
 
 class Normalise:
-    """uint8 (N, 3, H, W) -> float32 with mean 0 and variance 1 a channel over the images it was made from."""
+    """uint8 (N, 3, H, W) -> float32 with mean 0 and variance 1 per channel over the images it was made of."""
 
     def __init__(self, images: Tensor):
         values = torch.arange(256, dtype=torch.float64)

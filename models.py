@@ -1,7 +1,8 @@
 """The networks: an MLP, the 4-layer CNN, ResNets and VGG-11, with or without normalisation.
 
 All are made of stock nn.Linear and nn.Conv2d, so that `fa.attach` finds their layers; a learning rule never
-needs a model of its own. Every hidden layer is followed by a normalisation (norm.py) and a ReLU:
+needs a model of its own. Every hidden layer is followed by a normalisation (norm.py) and a ReLU; in a
+residual block the last ReLU comes after the addition:
 
     mlp       flatten, 4 × [linear, norm, relu], linear
     cnn       4 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w channels, strides 1, 2, 2, 2, flatten,
@@ -12,7 +13,7 @@ needs a model of its own. Every hidden layer is followed by a normalisation (nor
     resnet34  the same with 3, 4, 6 and 3 blocks of those channels
     vgg11     8 × [3×3 convolution, norm, relu] of w, 2w, 4w, 4w, 8w, 8w, 8w, 8w channels, halved by
               max-pooling after the 1st, 2nd, 4th, 6th and 8th; average, linear (Simonyan & Zisserman 2015,
-              configuration A, with one linear layer for the three, as is usual for 32×32 images)
+              configuration A, with one linear layer in place of three, as is usual for 32×32 images)
 
 The first layer registered is the stem, the last the classifier; fa.py and muon.py rely on it. Nothing is done
 in place: a backward hook needs the layer's output as it was.
@@ -20,10 +21,10 @@ in place: a backward hook needs the layer's output as it was.
 Initialisation. With normalisation the scale of W does not matter in the forward pass, and the layers keep
 torch's default (uniform in ±1/√fan_in). Without it, that default shrinks the signal to a sixth of its
 variance in every ReLU layer; then hidden weights are drawn by He et al. 2015, N(0, 2/fan_in), which keeps it,
-and the last convolution of each residual block is drawn 1/√blocks smaller, so that the sum over the blocks
-does not explode (the idea of Zhang et al. 2019, Fixup). A layer drawn so remembers how in `layer.initialise`,
-from which fa.py draws B. `init` chooses the other one, "he" with normalisation or "torch" without, to see
-what depends on it.
+and the last convolution of each residual block is drawn √blocks times smaller, so that the sum over the
+blocks does not explode (the idea of Zhang et al. 2019, Fixup). A layer drawn so remembers how in
+`layer.initialise`, from which fa.py draws B. `init` chooses the other one, "he" with normalisation or "torch"
+without, to see what depends on it.
 """
 from __future__ import annotations
 
@@ -208,7 +209,8 @@ def resnet18(classes: int = 100, norm: str | None = "batch", width: int = 64, ch
     """ResNet-18 for small images; 11,220,132 parameters for 100 classes with batch norm at width 64.
 
     `width` channels in the first stage. Works on any `size` (it averages over space), so that one is not
-    used. norm and init as for `cnn`; shortcut: one of SHORTCUTS, where a block changes the shape.
+    used. norm and init as for `cnn`; shortcut: one of SHORTCUTS: "conv" and "pad" say how x is fitted
+    where a block changes the shape; "none" leaves out all shortcuts.
     """
     return ResNet((2, 2, 2, 2), classes, norm, width, channels, _chosen(init, norm), shortcut)
 

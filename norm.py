@@ -6,24 +6,24 @@ activations approach rank one, and the gradients δ xᵀ with them. Subtracting 
 that the paper uses ("hidden activity normalisation" is batch normalisation; Boeshertz, Pascanu & Clopath
 2026), placed between a layer and its nonlinearity. The first three kinds here are the same formula
 
-    y = gain · (x - mean) / √(variance + ε) + bias          gain and bias are learned, one of each a channel
+    y = gain · (x - mean) / √(variance + ε) + bias          gain and bias are learned, one of each per channel
 
 and differ in what the mean and the variance are taken over, for x of shape (N, C, H, W) or (N, C):
 
-    batch   over N, H, W: one mean a channel. Ioffe & Szegedy 2015, the paper's. In evaluation, the averages
+    batch   over N, H, W: one mean per channel. Ioffe & Szegedy 2015, the paper's. In evaluation, the averages
             remembered from training
-    layer   over C, H, W: one mean an image. Ba et al. 2016
+    layer   over C, H, W: one mean per image. Ba et al. 2016
     rms     over C, H, W, with mean = 0 and no bias. Zhang & Sennrich 2019
 
 The fourth goes all the way. Batch normalisation gives each channel variance 1; whitening also removes what
 the channels of a group have in common, so that their covariance Σ over N, H, W becomes the identity. It is
-the direct test of the paper's explanation that normalisation works because it makes activations orthogonal:
+a test of the paper's explanation that normalisation works because it makes activations orthogonal:
 
     whiten  y = gain · Σ^(-1/2) (x - mean) + bias,  for each group of up to 32 channels. ZCA, the whitening
             that moves x least, by Newton–Schulz (IterNorm: Huang et al. 2019)
 
 The surprising thing: only `batch` and `whiten` compare images with each other, and so only they can remove
-what images share. `layer` and `rms` set the scale alone, though all are called normalisation. `python
+what images share. `layer` and `rms` treat each image by itself, though all are called normalisation. `python
 norm.py` shows the difference.
 
 torch's own kernels compute the first three (`forward`); `equation` is the formula above as code, and the
@@ -81,7 +81,7 @@ class BatchNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation of each image by itself, (N, C) or (N, C, H, W); gain and bias a channel.
+    """Layer normalisation of each image by itself, (N, C) or (N, C, H, W); one gain and bias per channel.
 
     Over an image this is group normalisation with a single group. channels is C, eps is ε.
     """
@@ -104,7 +104,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Each image divided by its root mean square, (N, C) or (N, C, H, W); a gain a channel, no mean, no bias.
+    """Each image divided by its root mean square, (N, C) or (N, C, H, W); a gain per channel, no bias.
 
     channels is C, eps is ε.
     """
@@ -132,7 +132,8 @@ def inverse_square_root(S: Tensor, steps: int = 5) -> Tensor:
 
         P₀ = I,   P ← (3 P - P³ Σ/tr Σ) / 2,   Σ^(-1/2) ≈ P / √tr Σ
 
-    Each step takes an eigenvalue λ of Σ/tr Σ closer to p = 1/√λ, by Newton's method on 1/p² = λ. Small
+    Where Σ/tr Σ has the eigenvalue λ, each step takes P's eigenvalue p closer to 1/√λ, by Newton's method on
+    1/p² = λ. Small
     eigenvalues take longest: after 5 steps those below some hundredth of the trace are whitened in part only,
     which is wanted, as they are mostly noise. Many more steps are not better: once converged, this form of
     the iteration amplifies rounding errors where the condition number is large.
@@ -145,7 +146,7 @@ def inverse_square_root(S: Tensor, steps: int = 5) -> Tensor:
 
 
 class Whitening(nn.Module):
-    """ZCA whitening of groups of channels over the batch, (N, C) or (N, C, H, W); gain and bias a channel.
+    """ZCA whitening of groups of channels over the batch, (N, C) or (N, C, H, W); gain and bias per channel.
 
     channels  C, in groups of the largest power of two that divides it, at most 32
     momentum  share of the newest batch in the running mean and (unbiased) running covariance, for evaluation

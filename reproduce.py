@@ -78,7 +78,7 @@ EXPERIMENTS = {
         {**{r: f"--cut {r}" for r in ("1", "2", "4", "8", "16", "32")}, "all": "", "equal": "--flatten"},
         "singular values kept, r", "sweep", scale=CNN_SCALE),
     "depth": Experiment(
-        "The deeper the network, the worse feedback alignment, and the more the repairs are worth.",
+        "On deep networks feedback alignment fails, and the repairs are worth more than on shallow ones.",
         "--dataset cifar10 --subset 10000 --epochs 10 --rank 10 --depth {}",
         {f"{panel}: {label}": f"--model {size} {own}"
          for panel, size in (("MLP", "mlp --width 256"), ("CNN", "cnn --width 16"))
@@ -86,7 +86,7 @@ EXPERIMENTS = {
         {depth: depth for depth in ("2", "4", "8", "12")}, "hidden layers", "sweep",
         scale="MLP of width 256 and CNN of width 16, " + SMALL.format("CIFAR-10")),
     "tune": Experiment(
-        "No claim: one grid of learning rates for every row of `cifar100-small`, off the test set.",
+        "No claim: one grid of learning rates for every row of `cifar100-small`, on held-out images.",
         f"{RESNET} --epochs 5 --validate 10000",
         {k: f"{v} {TUNED[k].split()[0]} {{}}" for k, v in ALL.items()},
         {lr: lr for lr in ("0.001", "0.003", "0.01", "0.03", "0.1")},
@@ -129,8 +129,8 @@ EXPERIMENTS = {
          "FA": "--rule fa", "DFA": "--rule dfa", "frozen features": "--rule frozen"},
         seeds=3, scale=CNN_SCALE),
     "norms": Experiment(
-        "Batch normalisation is said to help by making activations orthogonal. Whitening does so directly: "
-        "does it help more?",
+        "Batch normalisation is said to help by making activations orthogonal. Whitening goes further: does "
+        "it help more?",
         f"{CNN} {{}}", {k: ALL[k] for k in ("backprop", "backprop + Muon", "FA", "FA + Muon")},
         {"none": "", **{kind: f"--norm {kind}" for kind in ("rms", "layer", "batch", "whiten")}},
         "normalisation", "sweep", scale=CNN_SCALE),

@@ -38,7 +38,7 @@ class Trainer:
     """A network, its rule, its optimisers and its images.
 
     model, handle   the network, and the handle of the rule that is attached to it
-    optimisers      [Nesterov SGD], or [Muon, Nesterov SGD], each beside its first learning rate
+    optimisers      [Nesterov SGD], or [Muon, Nesterov SGD], each beside its initial learning rate
     """
 
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset):

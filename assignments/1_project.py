@@ -1,4 +1,4 @@
-"""1. Send the error back through B, in the place of W.
+"""1. Send the error back through B, in place of W.
 
 A layer computes a = W x. Backprop sends the error δ at its output to its input through W's transpose,
 feedback alignment through a fixed random B of W's shape, `layer.feedback`. For nn.Linear it is one matrix

@@ -5,7 +5,7 @@ as W, weight decay λ included,
 
     W ← (1 - ηλ) W + ΔW        B ← (1 - ηλ) B + ΔW
 
-so W - B shrinks by 1 - ηλ a step, and in the end the error goes back through B = W. Is that not
+so each step multiplies W - B by 1 - ηλ, and in the end the error goes back through B = W. Is that not
 transport? No: W's gradient is the sum, over images and positions, of the products of the error above and
 the input below, and B's synapse sees both itself. fa.py has this rule too, and there B takes the gradient
 from layer.weight. Here it must make its own. Fill in the two methods:

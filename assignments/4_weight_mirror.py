@@ -36,5 +36,8 @@ class MyRule(fa.FA):
         self.rate = rate
 
     def before_step(self, layer):
-        """Called for each hidden layer after the backward pass, before the optimiser's step."""
+        """Called for each hidden layer after the backward pass, before the optimiser's step.
+
+        Autograd is on here: measure under torch.no_grad().
+        """
         raise NotImplementedError("feed the layer noise and move layer.feedback, a buffer, towards y xᵀ")

@@ -1,10 +1,10 @@
 """5. A rule of your own that beats feedback alignment.
 
-On the gratings, with Muon and batch normalisation, in six epochs, feedback alignment gets about half of
-the test images right and backprop nearly all. What can a layer know, other than W, that makes the error
-useful? Some things people have tried: another distribution of B; the sign of W alone; B that learns; the
-output's error sent straight to each layer; the targets in place of the error. `fa.Rule` says what a rule
-may ask for.
+On the grader's gratings (1,000 images, little noise, a CNN of width 8), with Muon and batch normalisation,
+in six epochs, feedback alignment gets about half of the test images right and backprop nearly all. What can
+a layer know, other than W, that makes the error useful? Some things people have tried: another distribution
+of B; the sign of W alone; B that learns; the output's error sent straight to each layer; the targets in
+place of the error. `fa.Rule` says what a rule may ask for.
 
 The submissions are ranked:
 

@@ -169,7 +169,7 @@ class Recorder:
         both = [next(found) if t.requires_grad else torch.zeros_like(t) for t in tensors]
         shares = {}
         for i, name in enumerate(branches):
-            whole, branch = both[2 * len(ran) + 2 * i:][:2]
+            whole, branch = (e.double() for e in both[2 * len(ran) + 2 * i:][:2])   # squares must not vanish
             shortcut = (whole - branch).norm()
             shares[name] = (branch.norm() / (branch.norm() + shortcut)).item()
         return ({name: calls[name][0] for name in ran}, dict(zip(ran, both)), dict(zip(ran, both[len(ran):])),

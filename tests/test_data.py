@@ -86,7 +86,7 @@ def test_held_out_images_are_training_images_that_are_not_trained_on():
     assert torch.equal(torch.cat([held.train_labels, held.test_labels]), whole.train_labels)
     assert len(held.test_labels) == 30 and held.classes == whole.classes
     for count in (100, 0):
-        with pytest.raises(ValueError, match="none would be left"):
+        with pytest.raises(ValueError, match="at least 1 that is left"):
             data.hold_out(whole, count)
 
 

@@ -283,7 +283,7 @@ WRONG = {
     "--image-size 64": "no effect on gratings",
     "--subset 257": "gratings has 256 training images",
     "--subset 200 --validate 100": "gratings has 156 training images that are not held out",
-    "--validate 256": "none would be left",
+    "--validate 256": "at least 1 that is left",
     "--subset 1 --norm": "needs two",
     "--batch-size 1 --norm": "--batch-size of at least 2",
     "--epochs 0": "not an integer of at least 1",

@@ -1,7 +1,8 @@
 """Direct random target projection (Frenkel, Lefebvre & Bol 2021): the targets take the place of the error.
 
 With a softmax the output's error is e = (p - y) / N for a batch of N. DRTP drops the prediction p: each
-hidden layer gets -Bᵀy / N, known before the forward pass has ended. Only the sign of the error is correct.
+hidden layer gets -Bᵀy / N, known before the forward pass has ended. Only the true class gets an error, of the
+correct sign.
 
     python train.py --rule assignments/examples/drtp.py:DRTP --muon --norm
 """
