@@ -70,6 +70,11 @@ def test_the_sweep_table_and_no_error_is_not_taken_for_a_collapse(tmp_path, draw
     assert cnn_ranks.lines[0].get_ydata() == pytest.approx([1, math.nan], nan_ok=True)
     (note,) = cnn_ranks.texts
     assert "no error arrives" in note.get_text() and note.xy == (12.0, 0)
+    (note,) = mlp.texts
+    assert note.get_text() == "diverged" and note.xy == (12.0, 10.0)        # on the line of chance
+    words = SWEEP._replace(columns={"2": "", "all": ""})                    # which no line joins to the 2
+    report.draw_sweep(tmp_path / "picture.png", words, [{**some, "column": "all"} for some in SWEPT[:1]])
+    assert [line.get_linestyle() for line in drawn[1].axes[0].lines[:2]] == ["-", "None"]
 
 
 def test_the_map_table_divides_feedback_alignments_rank_by_backprops():
