@@ -267,7 +267,8 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError(f"the model is compiled: {UNCOMPILED}")
     layers, unknown = find(model)
-    readers = {name: m for name, m in model.named_modules() if name in layers or isinstance(m, Layer)}
+    readers = {name: m for name, m in model.named_modules()
+               if isinstance(m, Layer) and name in layers.keys() | unknown.keys()}
     stems = dict(list(readers.items())[:1]) if stem is None else _named(readers, stem)
     chosen = (layers if only is None else _named(layers, only)).keys() - _named(layers, except_)
     hidden = {name: layer for name, layer in layers.items() if name in chosen - stems.keys()}
