@@ -101,8 +101,8 @@ def parser() -> argparse.ArgumentParser:
                    help="hidden layers of the cnn or mlp "
                         "(default: 4, the paper's; the others have their own)")
     g.add_argument("--shortcut", choices=models.SHORTCUTS,
-                   help="of a resnet's blocks that change the shape: a 1×1 convolution, or no weights: means "
-                        "of 2×2 pixels and zeros for new channels; or no shortcuts at all (default: conv)")
+                   help="where a residual block changes the shape: conv, a 1×1 convolution, or pad, means of 2×2 "
+                        "pixels and zeros for the new channels; none: no shortcuts at all (default: conv)")
     g.add_argument("--init", choices=models.INITS,
                    help="initialisation of forward and feedback weights "
                         "(default: he without --norm, torch with it; see models.py)")
@@ -120,12 +120,12 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--epochs", type=number(int, 1),
                    help="passes over the training images (default: 12 gratings, 50 cifar10, 100 cifar100)")
     g.add_argument("--batch-size", type=number(int, 1),
-                   help="images a step (default: 128; 64 for gratings, which are few)")
+                   help="images per step (default: 128; 64 for gratings, which are few)")
     g.add_argument("--lr", type=number(float, 0, above=True),
-                   help="first learning rate of Nesterov SGD "
+                   help="initial learning rate of Nesterov SGD "
                         "(default: 0.05 with --norm; 0.02 without, which diverges sooner)")
     g.add_argument("--muon-lr", type=number(float, 0, above=True),
-                   help="first learning rate of Muon "
+                   help="initial learning rate of Muon "
                         "(default: 0.05 with --norm; 0.01 without, which diverges sooner)")
     g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
                    help="of both optimisers (default: 0.0005, usual for CIFAR)")
