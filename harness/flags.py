@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
                         "(default: 4, the paper's; the others have their own)")
     g.add_argument("--shortcut", choices=models.SHORTCUTS,
                    help="where a residual block changes the shape: conv, a 1×1 convolution, or pad, means of "
-                        "2×2 pixels and zeros for the new channels; none: no shortcuts at all (default: conv)")
+                        "2×2 pixels and zeros for new channels; none: no shortcuts at all (default: conv)")
     g.add_argument("--init", choices=models.INITS,
                    help="initialisation of forward and feedback weights "
                         "(default: he without --norm, torch with it; see models.py)")
