@@ -136,11 +136,11 @@ EXPERIMENTS = {
         "normalisation", "sweep", scale=CNN_SCALE),
     "cifar100-quarter": Experiment(
         "The paper's headline table at a quarter of the width, and FA with shortcuts that have no weights.",
-        "--dataset cifar100 --width 16 --epochs 10 --rank 10", WIDER, paper=PAPER,
+        "--dataset cifar100 --width 16 --epochs 10 --rank 10", WIDER, view="blocks",
         scale="ResNet-18 of width 16, all of CIFAR-100, 10 epochs."),
     "cifar100-half": Experiment(
         "The paper's headline table at half the width, and FA with shortcuts that have no weights.",
-        "--dataset cifar100 --width 32 --epochs 30", WIDER, paper=PAPER,
+        "--dataset cifar100 --width 32 --epochs 30 --rank 30", WIDER, view="blocks",
         scale="ResNet-18 of width 32, all of CIFAR-100, 30 epochs."),
     "cifar100": Experiment(
         "The paper's headline table.",

@@ -30,6 +30,7 @@ os.environ["MPLBACKEND"] = "Agg"     # before matplotlib is imported: the backen
 COLOURS = {"backprop": "#888888", "backprop + Muon": "#CC79A7", "backprop + norm": "#000000",
            "backprop + Muon + norm": "#009E73", "frozen features": "#999933",
            "FA": "#D55E00", "FA + Muon": "#E69F00", "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2",
+           "FA + Muon + norm, no weights in shortcuts": "#661188",
            "DFA": "#882255", "sign-symmetry": "#44AA99", "Kolen–Pollack": "#332288",
            "B × 3": "#AA4499", "orthogonal B": "#117733", "B × 3, orthogonal": "#661100",
            "Muon decay 0.05": "#CC6677", "B × 3, Muon decay 0.05": "#6699CC"}
@@ -193,6 +194,19 @@ def ways_table(experiment, lines: list[dict]) -> str:
         share, angle, size = ([by_block(line, *what) for line in select(lines, label)] for what in WAYS)
         cells.append(f"{by_layer(share)} | {by_layer(angle)} | {mean([v for each in size for v in each], 2)}")
     return wider(table(experiment, lines), "branch's share (%) | ∠ error (°) | ‖B‖ / ‖W‖", cells)
+
+
+def blocks_table(experiment, lines: list[dict]) -> str:
+    """The table, and of the error at the end of each residual block's branch, from the first block up, after
+    the last epoch: its effective rank, and its angle to backprop's."""
+    cells = []
+    for label in experiment.cells:
+        recorded = [line["rank"][-1]["layers"] for line in select(lines, label) if not line["diverged"]]
+        ends = [[layer for name, layer in layers.items() if name.endswith(".conv2")] for layers in recorded]
+        ranks = [[(end["error"] or {}).get("effective_rank") for end in seed] for seed in ends]
+        angles = [[end.get("angle_error") for end in seed] for seed in ends]
+        cells.append(f"{by_layer(ranks)} | {by_layer(angles)}")
+    return wider(table(experiment, lines), "rank of the error δ | ∠ error (°)", cells)
 
 
 # What is recorded of residual blocks: of which layer, under which name, and times what.
@@ -653,7 +667,7 @@ class View(NamedTuple):
 
 
 VIEWS = {"epochs": View(table, draw_epochs), "quick": View(quick_table, draw_quick),
-         "ways": View(ways_table, draw_ways),
+         "ways": View(ways_table, draw_ways), "blocks": View(blocks_table, draw_epochs),
          "ranks": View(rank_table, draw_recorded), "sweep": View(sweep_table, draw_sweep),
          "map": View(map_table, draw_map)}
 
