@@ -30,11 +30,14 @@ ALL = {"backprop": "--rule bp", "backprop + Muon": "--rule bp --muon", "backprop
 TUNED = {"backprop": "--lr 0.1", "backprop + Muon": "--muon-lr 0.01", "backprop + norm": "--lr 0.03",
          "backprop + Muon + norm": "--muon-lr 0.03", "FA": "--lr 0.01", "FA + Muon": "--muon-lr 0.003",
          "FA + norm": "--lr 0.1", "FA + Muon + norm": "--muon-lr 0.03"}
-PAD = "FA + Muon + norm, no weights in shortcuts"
+PAD = ", no weights in shortcuts"
 WIDER = {k: f"{v} {TUNED[k]}" for k, v in ALL.items()}
-WIDER |= {PAD: WIDER["FA + Muon + norm"] + " --shortcut pad", "frozen features": "--rule frozen --norm"}
-WIDER = {k: WIDER[k] for k in ("FA + Muon + norm", "backprop + Muon + norm", "FA + norm", PAD, "FA + Muon",
-                               "backprop + norm", "frozen features", "FA", "backprop + Muon", "backprop")}
+WIDER |= {f"{k}{PAD}": f"{v} --shortcut pad" for k, v in WIDER.items()}
+WIDER["frozen features"] = "--rule frozen --norm"
+WIDER = {k: WIDER[k] for k in (                                 # they are run in this order
+    "FA + Muon + norm", "backprop + Muon + norm", "FA + norm", f"FA + Muon + norm{PAD}", "FA + Muon",
+    "backprop + norm", "frozen features", "FA", "backprop + Muon", "backprop",
+    f"backprop + Muon + norm{PAD}")}
 PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46.1}     # CIFAR-100, ResNet-18
 SMALL = "the first 10,000 training images of {}, 10 epochs, the whole test set."
 CNN, CNN_SCALE = ("--dataset cifar10 --width 16 --subset 10000 --epochs 10",

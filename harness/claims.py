@@ -34,7 +34,7 @@ def tables(claims: Claims, folder: Path) -> dict[str, str]:
     content = {name: experiments.table(claims.experiments[name], lines) for name, lines in found.items()}
     for name in claims.headline:
         experiment, lines = claims.experiments[name], found.get(name, [])
-        if {line["label"] for line in lines} == experiment.cells.keys():
+        if {line["label"] for line in lines} >= experiment.cells.keys() & report.HEADLINE:
             table = report.headline(experiment, lines, claims.experiments[claims.headline[0]])
             content["headline"] = experiments.noted(table, lines, gap=" ")
             break

@@ -31,6 +31,7 @@ COLOURS = {"backprop": "#888888", "backprop + Muon": "#CC79A7", "backprop + norm
            "backprop + Muon + norm": "#009E73", "frozen features": "#999933",
            "FA": "#D55E00", "FA + Muon": "#E69F00", "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2",
            "FA + Muon + norm, no weights in shortcuts": "#661188",
+           "backprop + Muon + norm, no weights in shortcuts": "#66BB44",
            "DFA": "#882255", "sign-symmetry": "#44AA99", "Kolen–Pollack": "#332288",
            "B × 3": "#AA4499", "orthogonal B": "#117733", "B × 3, orthogonal": "#661100",
            "Muon decay 0.05": "#CC6677", "B × 3, Muon decay 0.05": "#6699CC"}
@@ -145,10 +146,14 @@ def table(experiment, lines: list[dict]) -> str:
     return markdown(head, rows)
 
 
+REPAIRS = ("", " + Muon", " + norm", " + Muon + norm")
+HEADLINE = {f"{rule}{repair}" for rule in ("backprop", "FA") for repair in REPAIRS} | {"frozen features"}
+
+
 def headline(experiment, lines: list[dict], full) -> str:
     """The paper's table beside ours, by repair; `full` is the experiment at the paper's scale."""
     head, rows = ["test accuracy (%)", "backprop", "FA", "FA, the paper at full scale"], []
-    for repair in ("", " + Muon", " + norm", " + Muon + norm"):
+    for repair in REPAIRS:
         ours = [accuracy(select(lines, f"{rule}{repair}")) for rule in ("backprop", "FA")]
         rows.append([repair[3:] or "neither", *ours, full.paper.get(f"FA{repair}", "–")])
     seeds = len({line["seed"] for line in lines})
