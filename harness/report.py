@@ -210,7 +210,8 @@ def blocks_table(experiment, lines: list[dict]) -> str:
         ends = [[layer for name, layer in layers.items() if name.endswith(".conv2")] for layers in recorded]
         ranks = [[(end["error"] or {}).get("effective_rank") for end in seed] for seed in ends]
         angles = [[end.get("angle_error") for end in seed] for seed in ends]
-        cells.append(f"{by_layer(ranks)} | {by_layer(angles)}")
+        arrives = any(rank for seed in ranks for rank in seed)
+        cells.append(f"{by_layer(ranks)} | {by_layer(angles)}" if arrives or not ranks else "no error | –")
     return wider(table(experiment, lines), "rank of the error δ | ∠ error (°)", cells)
 
 

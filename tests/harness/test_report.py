@@ -107,7 +107,7 @@ def test_the_blocks_table_has_the_error_at_the_ends_of_the_branches():
              line("FA", None, seed=2) | {"rank": [of(1, 9)]},
              line("frozen features", 0.1) | {"rank": [of(None, None)]}]
     assert [row[-2:] for row in cells(report.blocks_table(experiment, lines))[2:]] == [
-        ["15, 17", "85, 85"], ["–, –", "–, –"], ["–", "–"]]
+        ["15, 17", "85, 85"], ["no error", "–"], ["–", "–"]]
 
 
 def test_the_headline_has_the_papers_column_and_says_what_is_not_measured():
