@@ -206,10 +206,11 @@ def blocks_table(experiment, lines: list[dict]) -> str:
     the last epoch: its effective rank, and its angle to backprop's."""
     cells = []
     for label in experiment.cells:
-        recorded = [line["rank"][-1]["layers"] for line in select(lines, label) if not line["diverged"]]
-        ends = [[layer for name, layer in layers.items() if name.endswith(".conv2")] for layers in recorded]
-        ranks = [[(end["error"] or {}).get("effective_rank") for end in seed] for seed in ends]
-        angles = [[end.get("angle_error") for end in seed] for seed in ends]
+        cell = [line for line in select(lines, label) if not line["diverged"]]
+        ranks = [[(end["error"] or {}).get("effective_rank")
+                  for name, end in line["rank"][-1]["layers"].items() if name.endswith(".conv2")]
+                 for line in cell]
+        angles = [by_block(line, "conv2", "angle_error", 1) for line in cell]
         arrives = any(rank for seed in ranks for rank in seed)
         cells.append(f"{by_layer(ranks)} | {by_layer(angles)}" if arrives or not ranks else "no error | –")
     return wider(table(experiment, lines), "rank of the error δ | ∠ error (°)", cells)
