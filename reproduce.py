@@ -30,6 +30,7 @@ ALL = {"backprop": "--rule bp", "backprop + Muon": "--rule bp --muon", "backprop
 TUNED = {"backprop": "--lr 0.1", "backprop + Muon": "--muon-lr 0.01", "backprop + norm": "--lr 0.03",
          "backprop + Muon + norm": "--muon-lr 0.03", "FA": "--lr 0.01", "FA + Muon": "--muon-lr 0.003",
          "FA + norm": "--lr 0.1", "FA + Muon + norm": "--muon-lr 0.03"}
+# The rows of `cifar100-quarter` and `cifar100-half`.
 PAD = ", no weights in shortcuts"
 WIDER = {k: f"{v} {TUNED[k]}" for k, v in ALL.items()}
 WIDER["backprop"] = "--rule bp --lr 0.03"       # the second best: with all images 0.1 leaves it at chance
