@@ -133,10 +133,9 @@ def inverse_square_root(S: Tensor, steps: int = 5) -> Tensor:
         P₀ = I,   P ← (3 P - P³ Σ/tr Σ) / 2,   Σ^(-1/2) ≈ P / √tr Σ
 
     Where Σ/tr Σ has the eigenvalue λ, each step takes P's eigenvalue p closer to 1/√λ, by Newton's method on
-    1/p² = λ. Small
-    eigenvalues take longest: after 5 steps those below some hundredth of the trace are whitened in part only,
-    which is wanted, as they are mostly noise. Many more steps are not better: once converged, this form of
-    the iteration amplifies rounding errors where the condition number is large.
+    1/p² = λ. Small eigenvalues take longest: after 5 steps those below some hundredth of the trace are
+    whitened in part only, which is wanted, as they are mostly noise. Many more steps are not better: once
+    converged, this form of the iteration amplifies rounding errors where the condition number is large.
     """
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     S, P = S / trace, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S)
