@@ -47,6 +47,7 @@ CNN, CNN_SCALE = ("--dataset cifar10 --width 16 --subset 10000 --epochs 10",
 RESNET, RESNET_SCALE = ("--dataset cifar100 --model resnet18 --width 16 --subset 10000",
                         "ResNet-18 of width 16, " + SMALL.format("CIFAR-100"))
 HELD_OUT = "ResNet-18 of width 16, 10,000 training images of CIFAR-100, 10,000 others to measure on, "
+SHORTCUTS_ONLY = "assignments/examples/shortcuts_only.py:ShortcutsOnly"
 
 EXPERIMENTS = {
     "quick": Experiment(
@@ -115,15 +116,19 @@ EXPERIMENTS = {
         "is it lost?",
         f"{RESNET} --epochs 10 --validate 10000 --muon --norm --rank 10",
         {f"{panel}: {label}": f"{flag} {own}".strip() for panel, flag, labels in (
-            ("no weights", "--shortcut pad", ("backprop", "FA", "FA, branches send nothing", "B × 3",
+            ("no weights", "--shortcut pad", ("backprop", "exact, branches send nothing", "FA",
+                                              "FA, classifier exact", "FA, branches send nothing", "B × 3",
                                               "B × 0.1")),
             ("1×1 convolutions", "", ("backprop", "FA", "FA, shortcuts exact", "FA, branches send nothing",
                                       "B = W at the start", "frozen features")),
             ("no shortcuts", "--shortcut none", ("backprop", "FA")))
          for label, own in {
-             "backprop": "--rule bp", "FA": "--rule fa", "frozen features": "--rule frozen",
+             "backprop": "--rule bp",
+             "exact, branches send nothing": f"--rule {SHORTCUTS_ONLY} --exact 'blocks.*.conv2' classifier",
+             "FA": "--rule fa", "frozen features": "--rule frozen",
+             "FA, classifier exact": "--rule fa --exact classifier",
              "FA, shortcuts exact": "--rule fa --exact 'blocks.*.shortcut.0'",
-             "FA, branches send nothing": "--rule assignments/examples/shortcuts_only.py:ShortcutsOnly",
+             "FA, branches send nothing": f"--rule {SHORTCUTS_ONLY}",
              "B = W at the start": "--rule assignments/examples/transported_once.py:TransportedOnce",
              "B × 3": "--rule 'fa(gain=3)'", "B × 0.1": "--rule 'fa(gain=0.1)'"}.items() if label in labels},
         view="ways", seeds=3, scale=HELD_OUT + "10 epochs, Muon and batch normalisation."),
