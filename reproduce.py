@@ -30,16 +30,21 @@ ALL = {"backprop": "--rule bp", "backprop + Muon": "--rule bp --muon", "backprop
 TUNED = {"backprop": "--lr 0.1", "backprop + Muon": "--muon-lr 0.01", "backprop + norm": "--lr 0.03",
          "backprop + Muon + norm": "--muon-lr 0.03", "FA": "--lr 0.01", "FA + Muon": "--muon-lr 0.003",
          "FA + norm": "--lr 0.1", "FA + Muon + norm": "--muon-lr 0.03"}
+SHORTCUTS_ONLY = "assignments/examples/shortcuts_only.py:ShortcutsOnly"
+FIRST_FIXED = "assignments/examples/first_fixed.py:FirstFixed"
 # The rows of `cifar100-quarter` and `cifar100-half`.
 PAD = ", no weights in shortcuts"
 WIDER = {k: f"{v} {TUNED[k]}" for k, v in ALL.items()}
 WIDER["backprop"] = "--rule bp --lr 0.03"       # the second best: with all images 0.1 leaves it at chance
 WIDER |= {f"{k}{PAD}": f"{v} --shortcut pad" for k, v in WIDER.items()}
 WIDER["frozen features"] = "--rule frozen --norm"
+FIXED = ", first convolutions fixed"
+WIDER[f"FA + Muon + norm{PAD}{FIXED}"] = (f"--rule {FIRST_FIXED} --muon --norm {TUNED['FA + Muon + norm']} "
+                                          "--shortcut pad")
 WIDER = {k: WIDER[k] for k in (                                 # they are run in this order
     "FA + Muon + norm", "backprop + Muon + norm", "FA + norm", f"FA + Muon + norm{PAD}", "FA + Muon",
     "backprop + norm", "frozen features", "FA", "backprop + Muon", "backprop",
-    f"backprop + Muon + norm{PAD}")}
+    f"backprop + Muon + norm{PAD}", f"FA + Muon + norm{PAD}{FIXED}")}
 PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46.1}     # CIFAR-100, ResNet-18
 SMALL = "the first 10,000 training images of {}, 10 epochs, the whole test set."
 CNN, CNN_SCALE = ("--dataset cifar10 --width 16 --subset 10000 --epochs 10",
@@ -47,7 +52,6 @@ CNN, CNN_SCALE = ("--dataset cifar10 --width 16 --subset 10000 --epochs 10",
 RESNET, RESNET_SCALE = ("--dataset cifar100 --model resnet18 --width 16 --subset 10000",
                         "ResNet-18 of width 16, " + SMALL.format("CIFAR-100"))
 HELD_OUT = "ResNet-18 of width 16, 10,000 training images of CIFAR-100, 10,000 others to measure on, "
-SHORTCUTS_ONLY = "assignments/examples/shortcuts_only.py:ShortcutsOnly"
 
 EXPERIMENTS = {
     "quick": Experiment(
@@ -117,10 +121,10 @@ EXPERIMENTS = {
         f"{RESNET} --epochs 10 --validate 10000 --muon --norm --rank 10",
         {f"{panel}: {label}": f"{flag} {own}".strip() for panel, flag, labels in (
             ("no weights", "--shortcut pad", ("backprop", "exact, branches send nothing", "FA",
-                                              "FA, classifier exact", "FA, branches send nothing", "B × 3",
-                                              "B × 0.1")),
+                                              "FA, classifier exact", "FA, branches send nothing",
+                                              f"FA{FIXED}", "B × 3", "B × 0.1")),
             ("1×1 convolutions", "", ("backprop", "FA", "FA, shortcuts exact", "FA, branches send nothing",
-                                      "B = W at the start", "frozen features")),
+                                      f"FA{FIXED}", "B = W at the start", "frozen features")),
             ("no shortcuts", "--shortcut none", ("backprop", "FA")))
          for label, own in {
              "backprop": "--rule bp",
@@ -129,6 +133,7 @@ EXPERIMENTS = {
              "FA, classifier exact": "--rule fa --exact classifier",
              "FA, shortcuts exact": "--rule fa --exact 'blocks.*.shortcut.0'",
              "FA, branches send nothing": f"--rule {SHORTCUTS_ONLY}",
+             f"FA{FIXED}": f"--rule {FIRST_FIXED}",
              "B = W at the start": "--rule assignments/examples/transported_once.py:TransportedOnce",
              "B × 3": "--rule 'fa(gain=3)'", "B × 0.1": "--rule 'fa(gain=0.1)'"}.items() if label in labels},
         view="ways", seeds=3, scale=HELD_OUT + "10 epochs, Muon and batch normalisation."),

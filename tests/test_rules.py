@@ -325,6 +325,14 @@ def test_shortcuts_only_sends_no_error_through_a_branch():
         assert got[f"blocks.{i}.conv1.weight"].any()
 
 
+def test_first_fixed_leaves_the_first_convolutions_alone():
+    model, x, labels = resnet()
+    fa.attach(model, example("first_fixed.py:FirstFixed")())
+    got = gradients(model, x, labels)
+    for i in range(len(model.blocks)):
+        assert got[f"blocks.{i}.conv1.weight"] is None and got[f"blocks.{i}.conv2.weight"].any()
+
+
 # ---- networks that nobody prepared -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121"])
