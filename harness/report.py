@@ -32,6 +32,7 @@ COLOURS = {"backprop": "#888888", "backprop + Muon": "#CC79A7", "backprop + norm
            "FA": "#D55E00", "FA + Muon": "#E69F00", "FA + norm": "#56B4E9", "FA + Muon + norm": "#0072B2",
            "FA + Muon + norm, no weights in shortcuts": "#661188",
            "backprop + Muon + norm, no weights in shortcuts": "#66BB44",
+           "FA + Muon + norm, no weights in shortcuts, first convolutions fixed": "#884422",
            "DFA": "#882255", "sign-symmetry": "#44AA99", "Kolen–Pollack": "#332288",
            "B × 3": "#AA4499", "orthogonal B": "#117733", "B × 3, orthogonal": "#661100",
            "Muon decay 0.05": "#CC6677", "B × 3, Muon decay 0.05": "#6699CC"}
@@ -156,8 +157,9 @@ def headline(experiment, lines: list[dict], full) -> str:
     for repair in REPAIRS:
         ours = [accuracy(select(lines, f"{rule}{repair}")) for rule in ("backprop", "FA")]
         rows.append([repair[3:] or "neither", *ours, full.paper.get(f"FA{repair}", "–")])
-    seeds = len({line["seed"] for line in lines})
-    note = (f"{experiment.scale} {'One seed' if seeds == 1 else f'{seeds} seeds'}; frozen features reach "
+    counts = sorted({len(select(lines, label)) for label in HEADLINE} - {0})
+    seeds = f"{counts[-1]} seeds" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]} seeds a row"
+    note = (f"{experiment.scale} {'One seed' if counts == [1] else seeds}; frozen features reach "
             f"{accuracy(select(lines, 'frozen features'))}.")
     if experiment is not full:
         note += f" The full scale ({full.scale.rstrip('.')}) has not been measured here yet."

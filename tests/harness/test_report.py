@@ -118,7 +118,9 @@ def test_the_headline_has_the_papers_column_and_says_what_is_not_measured():
     assert "A part. One seed; frozen" in text and "All of it) has not been measured" in text
     text = report.headline(full, [*lines, line("FA", 0.05, seed=1)], full)
     assert cells(text)[2] == ["neither", "50.0", "4.0 ± 1.4", "1.4"]
-    assert "All of it. 2 seeds; frozen" in text and "measured here yet" not in text
+    assert "All of it. 1 to 2 seeds a row; frozen" in text and "measured here yet" not in text
+    text = report.headline(full, [line("FA", 0.05), line("FA", 0.05, seed=1)], full)
+    assert "All of it. 2 seeds; frozen" in text
 
 
 SHORTCUT = reproduce.EXPERIMENTS["shortcut"]
