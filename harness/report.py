@@ -472,7 +472,7 @@ def draw_ranks(path: Path, runs: list[tuple[str, list[dict]]]) -> None:
 
 
 def draw_epochs(path: Path, experiment, lines: list[dict]) -> None:
-    figure, axes = figure_of(1, 1, size=(7.5, 4))
+    figure, axes = figure_of(1, 1, size=(max(7.5, 4.5 + 0.09 * max(map(len, experiment.cells))), 4))
     accuracy_by_epoch(axes[0, 0], experiment, lines)
     save(figure, path)
 
