@@ -106,14 +106,18 @@ EXPERIMENTS = {
         {**{k: f"{v} {TUNED[k]}" for k, v in ALL.items()}, "frozen features": "--rule frozen --norm"},
         seeds=3, scale=RESNET_SCALE),
     "improve": Experiment(
-        "Beyond the paper: what lifts feedback alignment with both repairs further?",
+        "Beyond the paper: what lifts feedback alignment with both repairs further, with either kind of "
+        "shortcut?",
         f"{RESNET} --epochs 10 --validate 10000 --muon --norm",
-        {"FA + Muon + norm": "--rule fa", "B × 3": "--rule 'fa(gain=3)'",
-         "orthogonal B": f"--rule {ORTHOGONAL}",
-         "B × 3, orthogonal": f"--rule '{ORTHOGONAL}(gain=3)'",
-         "Muon decay 0.05": "--rule fa --muon-weight-decay 0.05",
-         "B × 3, Muon decay 0.05": "--rule 'fa(gain=3)' --muon-weight-decay 0.05"},
-        scale=HELD_OUT + "10 epochs."),
+        {f"{panel}: {label}": f"{flag} {own}".strip()
+         for panel, flag in (("no weights", "--shortcut pad"), ("1×1 convolutions", ""))
+         for label, own in {
+             "FA": "--rule fa", "B × 3": "--rule 'fa(gain=3)'", "orthogonal B": f"--rule {ORTHOGONAL}",
+             "Muon at 0.02": "--rule fa --muon-lr 0.02", "Muon at 0.1": "--rule fa --muon-lr 0.1",
+             "SGD at 0.02": "--rule fa --lr 0.02", "SGD at 0.1": "--rule fa --lr 0.1",
+             "Muon decay 0.05": "--rule fa --muon-weight-decay 0.05",
+             "whitening": "--rule fa --norm whiten"}.items()},
+        view="bars", seeds=2, scale=HELD_OUT + "10 epochs."),
     "shortcut": Experiment(
         "Beyond the paper: by which ways does the error of feedback alignment travel in a ResNet, and where "
         "is it lost?",

@@ -583,14 +583,16 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
 
 
 def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
-    """By kind of shortcut: accuracies, and by residual block the branch's share of the error and its angle to
-    backprop's. The bars' colours are those of the curves."""
+    """By kind of shortcut: accuracies; and where ranks were recorded, by residual block the branch's share of
+    the error and its angle to backprop's. The bars' colours are those of the curves."""
+    recorded = all("rank" in line for line in lines)
     there = [label for label in experiment.cells if select(lines, label)]
     tails = list(dict.fromkeys(label.partition(": ")[2] for label in there))
     shades = dict(zip(tails, colours(tails)))
     kinds = {panel: [label for label in there if label.partition(": ")[0] == panel]
              for panel in panels(experiment)}
-    figure, grid = figure_of(len(kinds), 3, size=(15, 1.5 + 0.75 * len(there)),
+    figure, grid = figure_of(len(kinds), 3 if recorded else 1,
+                             size=(15 if recorded else 7.5, 1.5 + (0.75 if recorded else 0.4) * len(there)),
                              heights=[max(4, len(labels)) for labels in kinds.values()])
     for (left, *others), (panel, labels) in zip(grid, kinds.items()):
         for i, (label, width) in enumerate(zip(labels, widths(len(labels)))):
@@ -611,13 +613,15 @@ def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
             ax.set(ylim=(-3, 103), xticks=range(1, 9))
             for block in (3, 5, 7):                             # there the shape changes
                 ax.axvline(block, color="#CCCCCC", linewidth=1, zorder=0)
-        others[1].axhline(90, color="#888888", linewidth=1, linestyle=":")
-    grid[0, 1].set_title("share of the error that comes by the branch (%)", fontsize=12)
-    grid[0, 2].set_title("angle of the error to backprop's (degrees)", fontsize=12)
+        if others:
+            others[1].axhline(90, color="#888888", linewidth=1, linestyle=":")
     grid[-1, 0].set_xlabel(f"{measured(lines)} accuracy (%)", fontsize=12)
-    for ax in grid[-1, 1:]:
-        ax.set_xlabel("residual block, from the first up", fontsize=12)
-    figure.supxlabel("Where a line is grey, the block changes the shape of the activations.", fontsize=12)
+    if recorded:
+        grid[0, 1].set_title("share of the error that comes by the branch (%)", fontsize=12)
+        grid[0, 2].set_title("angle of the error to backprop's (degrees)", fontsize=12)
+        for ax in grid[-1, 1:]:
+            ax.set_xlabel("residual block, from the first up", fontsize=12)
+        figure.supxlabel("Where a line is grey, the block changes the shape of the activations.", fontsize=12)
     save(figure, path)
 
 
@@ -676,9 +680,9 @@ class View(NamedTuple):
 
 
 VIEWS = {"epochs": View(table, draw_epochs), "quick": View(quick_table, draw_quick),
-         "ways": View(ways_table, draw_ways), "blocks": View(blocks_table, draw_epochs),
-         "ranks": View(rank_table, draw_recorded), "sweep": View(sweep_table, draw_sweep),
-         "map": View(map_table, draw_map)}
+         "ways": View(ways_table, draw_ways), "bars": View(table, draw_ways),
+         "blocks": View(blocks_table, draw_epochs), "ranks": View(rank_table, draw_recorded),
+         "sweep": View(sweep_table, draw_sweep), "map": View(map_table, draw_map)}
 
 
 # ---- runs side by side -------------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ def line(label, accuracy, column="", error=(10.0, 20.0), gradient=(4.0, 8.0), tr
             "epochs": [{"epoch": 1, "step": 7, "test_accuracy": accuracy}]}
 
 
+def without_ranks(lines):
+    return [{key: value for key, value in one.items() if key != "rank"} for one in lines]
+
+
 def cells(text):
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in text.splitlines()]
 
@@ -129,10 +133,11 @@ OVERFLOWN["rank"][-1]["layers"]["layer 0"]["error"] = None
 
 
 @pytest.mark.parametrize("experiment, lines", [
-    (SWEEP, [{k: v for k, v in one.items() if k != "rank"} for one in SWEPT[2:]]),
+    (SWEEP, without_ranks(SWEPT[2:])),
+    (reproduce.EXPERIMENTS["improve"], without_ranks([line("no weights: FA", 0.2)])),
     (MAP, MAPPED), (MAP, MAPPED[-1:]), (reproduce.EXPERIMENTS["quick"], [line("backprop", 0.9), OVERFLOWN]),
     (SHORTCUT, results(SHORTCUT, reproduce.RESULTS / "shortcut.jsonl")[3:]),
-], ids=["no ranks", "a map", "most is missing", "an overflow", "a rule is missing"])
+], ids=["no ranks", "bars alone", "a map", "most is missing", "an overflow", "a rule is missing"])
 def test_every_picture_is_drawn_whatever_is_missing(experiment, lines, tmp_path):
     report.VIEWS[experiment.view].draw(tmp_path / "picture.png", experiment, lines)
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
