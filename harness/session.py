@@ -537,9 +537,11 @@ def header(args: argparse.Namespace, model: nn.Module, optimisers: list[tuple[to
 
 
 def provenance() -> dict:
-    """What numbers depend on besides the arguments: command, commit (None outside a checkout), versions."""
+    """What numbers depend on besides the arguments: command, commit (None outside a checkout), versions, and
+    of the CPU what decides the order in which it adds."""
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return {"command": " ".join(sys.argv), "commit": commit(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cpu": cpu}}
 
 
 def commit() -> str | None:

@@ -108,6 +108,7 @@ def test_the_headline_command_on_the_command_line(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["norm"] == "batch" and config["args"]["lr"] == 0.05
     assert config["versions"]["torch"] == torch.__version__ and "train.py --rule fa" in config["command"]
+    assert config["versions"]["cpu"].endswith(f", {torch.get_num_threads()} threads")
     log = lines(folder / "log.jsonl")
     assert [(line["epoch"], line["step"]) for line in log] == [(1, 3), (2, 6)]
     assert all(0 <= line[key] <= 1 for line in log for key in ("train_accuracy", "test_accuracy"))
