@@ -33,17 +33,18 @@ TUNED = {"backprop": "--lr 0.1", "backprop + Muon": "--muon-lr 0.01", "backprop 
 SHORTCUTS_ONLY = "assignments/examples/shortcuts_only.py:ShortcutsOnly"
 FIRST_FIXED = "assignments/examples/first_fixed.py:FirstFixed"
 # The rows of `cifar100-quarter` and `cifar100-half`.
-PAD, FIXED = ", no weights in shortcuts", ", first convolutions fixed"
+PAD, FIXED, DECAY = ", no weights in shortcuts", ", first convolutions fixed", ", Muon decay 0.05"
 BEST = f"FA + Muon + norm{PAD}"
 WIDER = {k: f"{v} {TUNED[k]}" for k, v in ALL.items()}
 WIDER["backprop"] = "--rule bp --lr 0.03"       # the second best: with all images 0.1 leaves it at chance
 WIDER |= {f"{k}{PAD}": f"{v} --shortcut pad" for k, v in WIDER.items()}
 WIDER["frozen features"] = "--rule frozen --norm"
 WIDER[f"{BEST}{FIXED}"] = WIDER[BEST].replace("--rule fa", f"--rule {FIRST_FIXED}")
+WIDER[f"{BEST}{DECAY}"] = f"{WIDER[BEST]} --muon-weight-decay 0.05"
 WIDER = {k: WIDER[k] for k in (                                 # they are run in this order
     "FA + Muon + norm", "backprop + Muon + norm", "FA + norm", BEST, "FA + Muon",
     "backprop + norm", "frozen features", "FA", "backprop + Muon", "backprop",
-    f"backprop + Muon + norm{PAD}", f"{BEST}{FIXED}")}
+    f"backprop + Muon + norm{PAD}", f"{BEST}{FIXED}", f"{BEST}{DECAY}")}
 PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46.1}     # CIFAR-100, ResNet-18
 SMALL = "the first 10,000 training images of {}, 10 epochs, the whole test set."
 CNN, CNN_SCALE = ("--dataset cifar10 --width 16 --subset 10000 --epochs 10",
@@ -110,14 +111,14 @@ EXPERIMENTS = {
         "shortcut?",
         f"{RESNET} --epochs 10 --validate 10000 --muon --norm",
         {f"{panel}: {label}": f"{flag} {own}".strip() for panel, flag, count in (
-            ("no weights", "--shortcut pad", None), ("1×1 convolutions", "", 4))
+            ("no weights", "--shortcut pad", None), ("1×1 convolutions", "", 3))
          for label, own in list({
              "FA": "--rule fa", "Muon decay 0.05": "--rule fa --muon-weight-decay 0.05",
              "B × 3": "--rule 'fa(gain=3)'", "orthogonal B": f"--rule {ORTHOGONAL}",
              "Muon decay 0.2": "--rule fa --muon-weight-decay 0.2",
              "SGD decay 0.005": "--rule fa --weight-decay 0.005 --muon-weight-decay 0.0005",
-             f"FA{FIXED}, Muon decay 0.05": f"--rule {FIRST_FIXED} --muon-weight-decay 0.05",
-             "backprop": "--rule bp", "backprop, Muon decay 0.05": "--rule bp --muon-weight-decay 0.05",
+             f"FA{FIXED}{DECAY}": f"--rule {FIRST_FIXED} --muon-weight-decay 0.05",
+             "backprop": "--rule bp", f"backprop{DECAY}": "--rule bp --muon-weight-decay 0.05",
              "Muon at 0.02": "--rule fa --muon-lr 0.02", "Muon at 0.1": "--rule fa --muon-lr 0.1",
              "SGD at 0.02": "--rule fa --lr 0.02", "SGD at 0.1": "--rule fa --lr 0.1",
              "whitening": "--rule fa --norm whiten"}.items())[:count]},

@@ -34,8 +34,8 @@ COLOURS = {"backprop": "#888888", "backprop + Muon": "#CC79A7", "backprop + norm
            "backprop + Muon + norm, no weights in shortcuts": "#66BB44",
            "FA + Muon + norm, no weights in shortcuts, first convolutions fixed": "#884422",
            "DFA": "#882255", "sign-symmetry": "#44AA99", "Kolen–Pollack": "#332288",
-           "B × 3": "#AA4499", "orthogonal B": "#117733", "B × 3, orthogonal": "#661100",
-           "Muon decay 0.05": "#CC6677", "B × 3, Muon decay 0.05": "#6699CC"}
+           "FA + Muon + norm, no weights in shortcuts, Muon decay 0.05": "#CC6677",
+           "B × 3": "#AA4499", "orthogonal B": "#117733", "Muon decay 0.05": "#CC6677"}
 OTHERS = ("#7F5539", "#BB5566", "#004488", "#997700", "#AA3377", "#5A7D2A", "#6C4AB6")      # what a user adds
 RULES = {"bp": "backprop", "fa": "FA", "dfa": "DFA", "sign": "sign-symmetry", "kp": "Kolen–Pollack",
          "frozen": "frozen features"}
