@@ -35,7 +35,7 @@ COLOURS = {"backprop": "#888888", "backprop + Muon": "#CC79A7", "backprop + norm
            "FA + Muon + norm, no weights in shortcuts, first convolutions fixed": "#884422",
            "DFA": "#882255", "sign-symmetry": "#44AA99", "Kolen–Pollack": "#332288",
            "FA + Muon + norm, no weights in shortcuts, Muon decay 0.05": "#CC6677",
-           "B × 3": "#AA4499", "orthogonal B": "#117733", "Muon decay 0.05": "#CC6677"}
+           "Muon decay 0.05": "#6699CC", "B × 3": "#AA4499", "orthogonal B": "#117733"}
 OTHERS = ("#7F5539", "#BB5566", "#004488", "#997700", "#AA3377", "#5A7D2A", "#6C4AB6")      # what a user adds
 RULES = {"bp": "backprop", "fa": "FA", "dfa": "DFA", "sign": "sign-symmetry", "kp": "Kolen–Pollack",
          "frozen": "frozen features"}
@@ -587,16 +587,16 @@ def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
     the error and its angle to backprop's. The bars' colours are those of the curves."""
     recorded = all("rank" in line for line in lines)
     there = [label for label in experiment.cells if select(lines, label)]
-    tails = list(dict.fromkeys(label.partition(": ")[2] for label in there))
+    tails = list(dict.fromkeys(label.rpartition(": ")[2] for label in there))
     shades = dict(zip(tails, colours(tails)))
-    kinds = {panel: [label for label in there if label.partition(": ")[0] == panel]
+    kinds = {panel: [label for label in there if label.rpartition(": ")[0] == panel]
              for panel in panels(experiment)}
     figure, grid = figure_of(len(kinds), 3 if recorded else 1,
                              size=(15 if recorded else 7.5, 1.5 + (0.75 if recorded else 0.4) * len(there)),
                              heights=[max(4, len(labels)) for labels in kinds.values()])
     for (left, *others), (panel, labels) in zip(grid, kinds.items()):
         for i, (label, width) in enumerate(zip(labels, widths(len(labels)))):
-            cell, shade = select(lines, label), shades[label.partition(": ")[2]]
+            cell, shade = select(lines, label), shades[label.rpartition(": ")[2]]
             left.barh(-i, nan(mean_accuracy(cell)), color=shade)
             left.text(mean_accuracy(cell) or 0, -i, f" {accuracy(cell)}", va="center", fontsize=11)
             for ax, what in zip(others, WAYS):
@@ -604,9 +604,9 @@ def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
                 heights = [statistics.mean(block) for block in zip(*seeds)]
                 ax.plot(range(1, len(heights) + 1), heights, "o-", markersize=width + 1.5, color=shade,
                         linewidth=width)
-        left.set_yticks(range(0, -len(labels), -1), [label.partition(": ")[2] for label in labels],
+        left.set_yticks(range(0, -len(labels), -1), [label.rpartition(": ")[2] for label in labels],
                         fontsize=12)
-        left.set_title(panel if "shortcut" in panel else f"shortcuts: {panel}", fontsize=12)
+        left.set_title(f"shortcuts: {panel}" if panel and "shortcut" not in panel else panel, fontsize=12)
         left.set_ylim(0.4 - max(4, len(labels)), 0.6)
         left.set_xlim(0, 1.25 * max(nan(mean_accuracy(select(lines, label))) for label in there))
         for ax in others:

@@ -134,7 +134,7 @@ OVERFLOWN["rank"][-1]["layers"]["layer 0"]["error"] = None
 
 @pytest.mark.parametrize("experiment, lines", [
     (SWEEP, without_ranks(SWEPT[2:])),
-    (reproduce.EXPERIMENTS["improve"], without_ranks([line("no weights: FA", 0.2)])),
+    (reproduce.EXPERIMENTS["improve"], without_ranks([line("FA", 0.2)])),
     (MAP, MAPPED), (MAP, MAPPED[-1:]), (reproduce.EXPERIMENTS["quick"], [line("backprop", 0.9), OVERFLOWN]),
     (SHORTCUT, results(SHORTCUT, reproduce.RESULTS / "shortcut.jsonl")[3:]),
 ], ids=["no ranks", "bars alone", "a map", "most is missing", "an overflow", "a rule is missing"])
