@@ -582,46 +582,58 @@ def draw_sweep(path: Path, experiment, lines: list[dict]) -> None:
     save(figure, path)
 
 
-def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
-    """By kind of shortcut: accuracies; and where ranks were recorded, by residual block the branch's share of
-    the error and its angle to backprop's. The bars' colours are those of the curves."""
-    recorded = all("rank" in line for line in lines)
+def bars(ax, labels: list[str], lines: list[dict], shades: dict[str, str]) -> None:
+    """The accuracy of each row, from the top down, each by its name without the panel's."""
+    names = [label.rpartition(": ")[2] for label in labels]
+    for i, (label, name) in enumerate(zip(labels, names)):
+        cell = select(lines, label)
+        ax.barh(-i, nan(mean_accuracy(cell)), color=shades[name])
+        ax.text(mean_accuracy(cell) or 0, -i, f" {accuracy(cell)}", va="center", fontsize=11)
+    ax.set_yticks(range(0, -len(labels), -1), names, fontsize=12)
+
+
+def draw_bars(path: Path, experiment, lines: list[dict]) -> None:
     there = [label for label in experiment.cells if select(lines, label)]
-    tails = list(dict.fromkeys(label.rpartition(": ")[2] for label in there))
+    figure, axes = figure_of(1, 1, size=(7.5, 1.5 + 0.4 * len(there)))
+    bars(axes[0, 0], there, lines, dict(zip(there, colours(there))))
+    axes[0, 0].margins(x=0.15)
+    axes[0, 0].set_xlabel(f"{measured(lines)} accuracy (%)", fontsize=12)
+    save(figure, path)
+
+
+def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
+    """By kind of shortcut: accuracies, and by residual block the branch's share of the error and its angle to
+    backprop's. The bars' colours are those of the curves."""
+    there = [label for label in experiment.cells if select(lines, label)]
+    tails = list(dict.fromkeys(label.partition(": ")[2] for label in there))
     shades = dict(zip(tails, colours(tails)))
-    kinds = {panel: [label for label in there if label.rpartition(": ")[0] == panel]
+    kinds = {panel: [label for label in there if label.partition(": ")[0] == panel]
              for panel in panels(experiment)}
-    figure, grid = figure_of(len(kinds), 3 if recorded else 1,
-                             size=(15 if recorded else 7.5, 1.5 + (0.75 if recorded else 0.4) * len(there)),
+    figure, grid = figure_of(len(kinds), 3, size=(15, 1.5 + 0.75 * len(there)),
                              heights=[max(4, len(labels)) for labels in kinds.values()])
     for (left, *others), (panel, labels) in zip(grid, kinds.items()):
-        for i, (label, width) in enumerate(zip(labels, widths(len(labels)))):
-            cell, shade = select(lines, label), shades[label.rpartition(": ")[2]]
-            left.barh(-i, nan(mean_accuracy(cell)), color=shade)
-            left.text(mean_accuracy(cell) or 0, -i, f" {accuracy(cell)}", va="center", fontsize=11)
+        bars(left, labels, lines, shades)
+        for label, width in zip(labels, widths(len(labels))):
+            cell, shade = select(lines, label), shades[label.partition(": ")[2]]
             for ax, what in zip(others, WAYS):
                 seeds = [[nan(value) for value in by_block(line, *what)] for line in cell]
                 heights = [statistics.mean(block) for block in zip(*seeds)]
                 ax.plot(range(1, len(heights) + 1), heights, "o-", markersize=width + 1.5, color=shade,
                         linewidth=width)
-        left.set_yticks(range(0, -len(labels), -1), [label.rpartition(": ")[2] for label in labels],
-                        fontsize=12)
-        left.set_title(f"shortcuts: {panel}" if panel and "shortcut" not in panel else panel, fontsize=12)
+        left.set_title(panel if "shortcut" in panel else f"shortcuts: {panel}", fontsize=12)
         left.set_ylim(0.4 - max(4, len(labels)), 0.6)
         left.set_xlim(0, 1.25 * max(nan(mean_accuracy(select(lines, label))) for label in there))
         for ax in others:
             ax.set(ylim=(-3, 103), xticks=range(1, 9))
             for block in (3, 5, 7):                             # there the shape changes
                 ax.axvline(block, color="#CCCCCC", linewidth=1, zorder=0)
-        if others:
-            others[1].axhline(90, color="#888888", linewidth=1, linestyle=":")
+        others[1].axhline(90, color="#888888", linewidth=1, linestyle=":")
+    grid[0, 1].set_title("share of the error that comes by the branch (%)", fontsize=12)
+    grid[0, 2].set_title("angle of the error to backprop's (degrees)", fontsize=12)
     grid[-1, 0].set_xlabel(f"{measured(lines)} accuracy (%)", fontsize=12)
-    if recorded:
-        grid[0, 1].set_title("share of the error that comes by the branch (%)", fontsize=12)
-        grid[0, 2].set_title("angle of the error to backprop's (degrees)", fontsize=12)
-        for ax in grid[-1, 1:]:
-            ax.set_xlabel("residual block, from the first up", fontsize=12)
-        figure.supxlabel("Where a line is grey, the block changes the shape of the activations.", fontsize=12)
+    for ax in grid[-1, 1:]:
+        ax.set_xlabel("residual block, from the first up", fontsize=12)
+    figure.supxlabel("Where a line is grey, the block changes the shape of the activations.", fontsize=12)
     save(figure, path)
 
 
@@ -680,7 +692,7 @@ class View(NamedTuple):
 
 
 VIEWS = {"epochs": View(table, draw_epochs), "quick": View(quick_table, draw_quick),
-         "ways": View(ways_table, draw_ways), "bars": View(table, draw_ways),
+         "ways": View(ways_table, draw_ways), "bars": View(table, draw_bars),
          "blocks": View(blocks_table, draw_epochs), "ranks": View(rank_table, draw_recorded),
          "sweep": View(sweep_table, draw_sweep), "map": View(map_table, draw_map)}
 
