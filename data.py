@@ -62,10 +62,10 @@ def hold_out(dataset: Dataset, count: int) -> Dataset:
 # ---- gratings ----------------------------------------------------------------------------------------------
 
 def gratings(train: int = 5000, test: int = 1000, seed: int = 0, noise: float = 60.0) -> Dataset:
-    """Coloured gratings, 32×32, 10 classes: class k's stripes run across the direction 18k ± 6 degrees.
+    """Coloured gratings, 32×32, 10 classes: class k's stripes are normal to the direction 18k ± 6 degrees.
 
     Frequency (3 to 7 periods per image), phase, both colours and the noise are drawn anew for each image, so
-    no pixel and no colour tells the class. `noise` is the standard deviation of white noise, in grey levels.
+    no pixel or colour reveals the class. `noise` is the standard deviation of white noise, in grey levels.
     """
     generator = torch.Generator().manual_seed(seed)
     n = train + test
@@ -90,7 +90,7 @@ def gratings(train: int = 5000, test: int = 1000, seed: int = 0, noise: float = 
 # ---- batches -----------------------------------------------------------------------------------------------
 
 class Normalise:
-    """uint8 (N, 3, H, W) -> float32 with mean 0 and variance 1 per channel over the images it was made of."""
+    """uint8 (N, 3, H, W) -> float32 with mean 0 and variance 1 per channel over the images it was given."""
 
     def __init__(self, images: Tensor):
         values = torch.arange(256, dtype=torch.float64)

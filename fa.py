@@ -1,19 +1,19 @@
 """Feedback alignment: train a deep network without ever sending the error back through its own weights.
 
-Write a layer as  a = W x,  and let  δ = ∂loss/∂a  be the error at its output. Backprop needs two things of δ:
+Write a layer as  a = W x,  and let  δ = ∂loss/∂a  be the error at its output. Backprop uses δ for two things:
 
     gradient of the weights     ∂loss/∂W = δ xᵀ       local: the layer has both
     error for the layer below   ∂loss/∂x = Wᵀ δ       needs W, on another path, in the other direction
 
-A synapse does not know the weight of the synapse that leads the other way, so no brain can compute Wᵀδ like
-this (the weight-transport problem). Feedback alignment (Lillicrap et al. 2016) sends the error through a
-fixed random matrix of W's shape instead; with φ the nonlinearity, layer by layer (Boeshertz, Pascanu &
-Clopath 2026, Eq. 4):
+A synapse does not know the weight of the synapse that leads the other way, so Wᵀδ is biologically implausible
+(the weight-transport problem). Feedback alignment (Lillicrap et al. 2016) sends the error through a fixed
+random matrix of W's shape instead; with φ the nonlinearity, layer by layer (Boeshertz, Pascanu & Clopath
+2026, Eq. 4):
 
     backprop    δ_l = W_{l+1}ᵀ δ_{l+1} ⊙ φ'(a_l)
     feedback    δ_l = B_{l+1}ᵀ δ_{l+1} ⊙ φ'(a_l)      B drawn like W, then never changed
 
-(the paper calls our Bᵀ B; here B has the shape of W). The surprising thing is that it learns at all: W turns
+(the paper's B is our Bᵀ; here B has the shape of W). The surprising thing is that it learns at all: W turns
 towards B, so that the random errors become useful ones. `python fa.py` shows the angles fall.
 
 In this file a *rule* says how the error crosses one layer, and nothing else: loss, nonlinearities,
@@ -24,7 +24,7 @@ normalisation, pooling and additions keep autograd's own backward. A new rule ov
             return fa.project(layer, F.dropout(layer.feedback), error, input_shape)
 
     handle = fa.attach(model, Unreliable(seed=0))          # any model made of nn.Linear and nn.Conv2d
-    loss.backward()                                        # now fills the rule's gradients
+    loss.backward()                                        # now gives the rule's gradients
     handle.before_step()                                   # some rules learn their feedback weights
 
 How it works: each layer runs on a detached input, which cuts the true path, so Wᵀδ is neither computed nor
@@ -32,8 +32,8 @@ able to leak. A tie connects the output to the input again, and a full backward 
 rule's error where the true one would have been.
 
 Other layers, and subclasses of Linear and Conv2d with a forward of their own, keep exact backprop; `attach`
-names them. Second derivatives of weight gradients, and torch.compile, raise an error. Not noticed: a weight
-that is also used elsewhere, such as F.linear(h, layer.weight.T), sends that other use's error back exactly.
+names them. Second derivatives of weight gradients, and torch.compile, raise an error. Not noticed: where a
+weight is also used elsewhere, as in F.linear(h, layer.weight.T), that other use's error goes back exactly.
 """
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Layer: TypeAlias = nn.Linear | nn.Conv2d
 def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size) -> Tensor:
     """Send the error at a layer's output to its input: through W that is backprop, through B FA.
 
-    layer        nn.Linear, or nn.Conv2d with zero padding and any stride, padding, dilation and groups
+    layer        nn.Linear, or nn.Conv2d of padding_mode 'zeros', any stride, padding, dilation and groups
     weight       shaped like layer.weight: (out, in) or (out, in / groups, kh, kw)
     error        δ at the output: (..., out) or (N, out, H', W')
     input_shape  of the layer's input: (..., in) or (N, in, H, W); with a stride it does not follow from δ's
@@ -95,7 +95,7 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
 class Rule:
     """How the error crosses a layer on its way back. Subclass it, override `backward`, and `attach` it.
 
-    seed           of the feedback weights; the same seed draws the same on every machine
+    seed           of the feedback weights; the same seed draws the same B on every machine
     uses_weight    (of the class) one of its methods reads layer.weight, directly or through a forward pass
     learns         (of the class) its feedback weights change in training
     needs_input    (of the class) `backward` and `before_step` find layer.input and layer.output
@@ -110,7 +110,7 @@ class Rule:
         self.generator = torch.Generator().manual_seed(seed + 0xFEEDBAC)
 
     def prepare(self, layer: Layer) -> None:
-        """Called once for each hidden layer, layer.crossing.name: make what the rule needs, as buffers."""
+        """Called once for each layer that gets the rule, layer.crossing.name: make what the rule needs."""
 
     def release(self, layer: Layer) -> None:
         """Called by `remove`: undo what `prepare` did beyond buffers and parameters, such as a hook."""
@@ -118,22 +118,22 @@ class Rule:
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor | None:
         """δ at the layer's output -> δ at its input, of input_shape; or None, and nothing below learns.
 
-        Called in every backward pass; autograd records it under create_graph=True alone.
+        Called in every backward pass; autograd records it only under create_graph=True.
         """
         raise NotImplementedError(f"{type(self).__name__} has no backward(layer, error, input_shape)")
 
     def before_step(self, layer: Layer) -> None:
-        """Called for each hidden layer before the optimiser's step, for feedback that learns."""
+        """Called for each of these layers before the optimiser's step, for feedback that learns."""
 
     def draw(self, layer: Layer) -> Tensor:
         """A tensor like layer.weight, drawn on the CPU by the same initialiser: layer.initialise(tensor,
-        generator=...) where the model says one, else torch's default, uniform in ±1/√fan_in."""
+        generator=...) where the model has one, else torch's default, uniform in ±1/√fan_in."""
         initialise = getattr(layer, "initialise", functools.partial(nn.init.kaiming_uniform_, a=5 ** 0.5))
         drawn = initialise(torch.empty(layer.weight.shape, dtype=torch.float32, device="cpu"),
                            generator=self.generator)
         return torch.empty_like(layer.weight).copy_(drawn)      # its device, dtype and order in memory
 
-    def __getstate__(self) -> dict[str, Any]:           # a generator cannot be sent to a process
+    def __getstate__(self) -> dict[str, Any]:           # torch cannot send a generator to a spawned process
         return {**vars(self), "generator": bytes(self.generator.get_state().tolist())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ class Rule:
         self.generator.set_state(torch.tensor(list(state["generator"]), dtype=torch.uint8))
 
     def state_dict(self) -> dict[str, Any]:
-        """What to remember when a run stops: the generator, and all attributes but those named _so."""
+        """What to remember when a run stops: the generator, and all attributes without a leading _."""
         return {key: value for key, value in self.__getstate__().items() if not key.startswith("_")}
 
     load_state_dict = __setstate__
@@ -150,7 +150,7 @@ class Rule:
 class FA(Rule):
     """Feedback alignment: δ_in = Bᵀδ, with B drawn like W and fixed (Lillicrap et al. 2016; paper, Eq. 4).
 
-    gain    how many times larger B is drawn than W. It matters where another path carries the error too: a
+    gain    the scale of B relative to that of W. It matters where another path carries the error too: a
             residual block's shortcut is exact, so the gain weighs the branch against it
     """
 
@@ -192,7 +192,7 @@ class _Cut:
         return hook.setup_output_hook(_Tie.apply(*hook.setup_input_hook((input, output))))
 
     def _load_from_state_dict(self: Any, state: dict, prefix: str, *rest: Any) -> None:
-        """A buffer that is, or was when saved, not drawn yet takes the saved size."""
+        """A buffer that is not drawn yet, or was not when it was saved, takes the saved size."""
         for key, buffer in self._buffers.items():
             saved = state.get(prefix + key)
             if buffer is not None and saved is not None and 0 in (buffer.numel(), saved.numel()):
@@ -205,13 +205,13 @@ class _Cut:
 
 
 class _Tie(torch.autograd.Function):
-    """Return y, computed from x.detach(), as if x had led to it. Backward hands y its error, from which
-    autograd computes the exact gradients of W and b, and x zeros without memory, for the hook to replace."""
+    """Return y, computed from x.detach(), as if x had led to it. Backward hands x zeros that take no memory,
+    for the hook to replace, and y its error, from which autograd gets W's and b's gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.set_materialize_grads(False)                # no error stays no error, instead of zeros
+        ctx.set_materialize_grads(False)                # no error stays None instead of zeros
         return y.view_as(y)
 
     @staticmethod
@@ -219,7 +219,7 @@ class _Tie(torch.autograd.Function):
         if error is None:
             return None, None
         placeholder = error.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
-        if torch.is_grad_enabled():                     # create_graph: a later error, as a path is missing
+        if torch.is_grad_enabled():                     # create_graph: raise later, a path is missing
             error = torch._C._functions.DelayedError(TWICE, 1)(error.detach().requires_grad_())
         return placeholder, error
 
@@ -255,7 +255,7 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
     the first Linear or Conv2d that the model registered; give the layers, or their names, if that is wrong,
     or () where even the data needs a gradient. `only` and `except_` choose among the others by name or
     pattern, such as "blocks.*.conv1"; those left out keep exact backprop, or get a rule by another attach.
-    The model is changed in place; with `bp` it is not changed. Activations with inplace=True are set to False
+    The model is changed in place; with `bp` it is not changed. In activations inplace=True becomes False
     until `remove`, as a layer's output must stay as it was; torch refuses y += x and F.relu_ on it.
 
     Attach before DistributedDataParallel, before the optimiser is made, and after loading a checkpoint saved
@@ -339,7 +339,7 @@ class Attachment:
             layer.crossing.used, gradient = False, _gradient(layer)
             if gradient is not None:
                 gradient.seen = gradient._version       # how often it was written to, to know a new one by
-        self.rule.targets = None                        # those of the next batch are others
+        self.rule.targets = None                        # the next batch has its own
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -384,10 +384,10 @@ class DFA(FA):
     """Direct feedback alignment: δ_in = Bᵀe, from the output's error e = ∂loss/∂logits (Nøkland 2016).
 
     Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the
-    classes would be, so for the classifier itself DFA and FA are one. A hidden layer does not use the error
+    classes would be, so for the classifier itself DFA and FA coincide. A hidden layer does not use the error
     that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. The output is the
     layer whose error comes first in a backward pass. Expect about what FA reaches. Raises RuleError
-    where an input has its batch not on the first axis, or other units than before.
+    if an input's first axis is not the batch, or its number of units changes.
     """
 
     def prepare(self, layer: Layer) -> None:
@@ -421,7 +421,7 @@ class DFA(FA):
 class SignSymmetry(FA):
     """Sign-symmetry: δ_in = (sign W ⊙ |B|)ᵀδ, signs of W, magnitudes of B (Liao, Leibo & Poggio 2016: frSF).
 
-    A synapse must know one bit of another. Expect something between FA and backprop in a short training, near
+    A synapse must know one bit of another. Expect something between FA and backprop in a short run, near
     backprop in a long one, even on ImageNet (Xiao et al. 2018).
     """
 
@@ -504,7 +504,7 @@ def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
     layers, unknown = {}, {}
     attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     for name, module in model.named_modules():
-        if any(module is m.out_proj for m in attention):    # it reads the weight of it, but never calls it
+        if any(module is m.out_proj for m in attention):    # attention reads its weight, but never calls it
             continue
         if isinstance(module, Layer) and (_is_cut(module) or _keeps_forward(module)):
             layers[name] = module
@@ -522,7 +522,7 @@ def _keeps_forward(layer: Layer) -> bool:
 
 
 def _gradient(layer: Layer) -> Any:
-    weight = layer._parameters.get("weight")            # a computed weight is none of them
+    weight = layer._parameters.get("weight")            # a computed weight is not in there
     return None if weight is None else weight.grad
 
 

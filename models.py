@@ -23,7 +23,7 @@ torch's default (uniform in ±1/√fan_in). Without it, that default shrinks the
 variance in every ReLU layer; then hidden weights are drawn by He et al. 2015, N(0, 2/fan_in), which keeps it,
 and the last convolution of each residual block is drawn √blocks times smaller, so that the sum over the
 blocks does not explode (the idea of Zhang et al. 2019, Fixup). A layer drawn so remembers how in
-`layer.initialise`, from which fa.py draws B. `init` chooses the other one, "he" with normalisation or "torch"
+`layer.initialise`, from which fa.py draws B. `init` overrides this, "he" with normalisation or "torch"
 without, to see what depends on it.
 """
 from __future__ import annotations
@@ -112,7 +112,7 @@ class CNN(nn.Module):
 class Pad(nn.Module):
     """A shortcut without weights: means of stride × stride pixels, and zeros for the new channels.
 
-    Option A of He et al. 2016, but for the means: they take every other pixel.
+    Option A of He et al. 2016, who take every other pixel instead of means.
     """
 
     def __init__(self, stride: int, new: int):
@@ -208,7 +208,7 @@ def resnet18(classes: int = 100, norm: str | None = "batch", width: int = 64, ch
              size: int = 32, init: str | None = None, shortcut: str = "conv") -> ResNet:
     """ResNet-18 for small images; 11,220,132 parameters for 100 classes with batch norm at width 64.
 
-    `width` channels in the first stage. Works on any `size` (it averages over space), so that one is not
+    `width` channels in the first stage. Works on any `size` (it averages over space), so that is not
     used. norm and init as for `cnn`; shortcut: one of SHORTCUTS: "conv" and "pad" say how x is fitted
     where a block changes the shape; "none" leaves out all shortcuts.
     """

@@ -17,9 +17,9 @@ An SVD is slow on a GPU. Newton–Schulz needs matrix products only: with X₀ =
     A = X Xᵀ,   X ← a X + (b A + c A²) X      (a, b, c) = (3.4445, -4.7750, 2.0315)
 
 applies  p(σ) = aσ + bσ³ + cσ⁵  to every singular value and leaves the singular vectors alone. The surprising
-thing: these coefficients do not converge to 1. They were chosen for the steepest slope at 0, so that small
-singular values grow fast (3.4445 a step), and large ones then wander within about 0.7 to 1.2, which serves
-training just as well.
+thing: the iteration does not converge to 1. Its coefficients were chosen for the steepest slope at 0, so that
+small singular values grow fast (3.4445 a step), and large ones then wander within about 0.7 to 1.2, which
+serves training just as well.
 
 A convolution's weight (out, in, kh, kw) is the matrix (out, in·kh·kw), and out/in above is out/(in·kh·kw).
 Only hidden weights belong to Muon: `split(model)` says which. `python muon.py` shows singular values becoming

@@ -1,4 +1,4 @@
-"""Hidden activity normalisation: keep a layer's activations apart.
+"""Hidden activity normalisation: keep the activations of different images apart.
 
 In a deep network without normalisation the activations of different images grow alike: every layer of random
 weights and ReLUs adds a common direction, and after a dozen layers all inputs point the same way. The
@@ -15,8 +15,8 @@ and differ in what the mean and the variance are taken over, for x of shape (N, 
     layer   over C, H, W: one mean per image. Ba et al. 2016
     rms     over C, H, W, with mean = 0 and no bias. Zhang & Sennrich 2019
 
-The fourth goes all the way. Batch normalisation gives each channel variance 1; whitening also removes what
-the channels of a group have in common, so that their covariance Σ over N, H, W becomes the identity. It is
+The fourth goes all the way. Batch normalisation gives each channel variance 1; whitening also decorrelates
+the channels of a group, so that their covariance Σ over N, H, W becomes the identity. It is
 a test of the paper's explanation that normalisation works because it makes activations orthogonal:
 
     whiten  y = gain · Σ^(-1/2) (x - mean) + bias,  for each group of up to 32 channels. ZCA, the whitening
@@ -65,7 +65,7 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))    # not counted: only torch's name
+        self.register_buffer("num_batches_tracked", torch.tensor(0))    # never changes: only torch's name
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,

@@ -17,10 +17,10 @@ measured:
 
     error δ      (N, C·H·W), a row per image. At most N
     gradient     (out, in·kh·kw), a layer's weight gradient. At most min(out, in·kh·kw)
-    trajectory   (steps, weights), a row per gradient of successive steps. At most the number of steps
+    trajectory   (steps, weights), a row per step, its gradient. At most the number of steps
 
 The singular values come from a Gram matrix of the smaller side in float64 (σ² are its eigenvalues): for 512 ×
-4608 that is several times faster than an SVD, and float64 keeps what squaring loses.
+4608 that is several times faster than an SVD, and float64 makes up for the squaring.
 
 That feedback alignment has updates of low rank and a low accuracy does not show that the one causes the
 other. An intervention can. Write the update that an optimiser is about to apply as  ΔW = Σ_i σ_i p_i q_iᵀ.
@@ -29,9 +29,9 @@ Each of two changes alters its singular values, but neither its singular vectors
     cut        σ_i ← c σ_i  for i ≤ r,  0 for i > r     low rank forced upon backprop: is it hurt?
     flatten    σ_i ← c      for all i                   full rank forced upon FA: is it helped?
 
-with c such that the norm stays. Both work on the update really applied, momentum and weight decay included,
-of any optimiser. Flattening is what Muon does, up to the step's length: Muon's is the same in every step,
-here it is still the gradient that decides how far to go.
+with c such that the norm stays the same. Both work on the update really applied, momentum and weight decay
+included, of any optimiser. Flattening is what Muon does, up to the step's length: Muon's is the same in every
+step, here it is still the gradient that decides how far to go.
 
     python rank.py                                              # some known matrices, one cut and flattened
     python train.py --rule bp --cut 4                           # backprop with updates of rank 4
@@ -90,7 +90,7 @@ def stable_rank(matrix: Tensor) -> float:
 
 
 def measures(sigma: Tensor) -> dict[str, float]:
-    """All three of singular values that are known already, largest first."""
+    """All three, from singular values that are known already, largest first."""
     if sigma[0] == 0:
         return {"effective_rank": 0.0, "participation_ratio": 0.0, "stable_rank": 0.0}
     p, energy = sigma / sigma.sum(), (sigma / sigma[0]).square()
@@ -120,8 +120,8 @@ def alignment(handle: Any, loss: Callable[[], Tensor]) -> dict[str, float]:
     loss    () -> scalar: the forward pass and the loss, run twice with the same random numbers. For a rule
             that needs targets, set handle.rule.targets in it: before_step has cleared them
 
-    NaN where one of the gradients is zero. No .grad changes, but batch norm counts both passes; put the model
-    into eval() where that matters.
+    NaN where one of the gradients is zero. No .grad changes, but batch norm's running averages see both
+    passes; put the model into eval() where that matters.
     """
     weights = {name: layer.weight for name, layer in handle.layers.items()}
     found, gpus = [], {w.device for w in weights.values() if w.is_cuda}
@@ -133,7 +133,7 @@ def alignment(handle: Any, loss: Callable[[], Tensor]) -> dict[str, float]:
 
 
 def mean_cosine(rows: Tensor) -> float:
-    """Mean |cos| between different rows of (N, n): 0 if all are orthogonal, 1 if all point the same way.
+    """Mean |cos| between different rows of (N, n): 0 if all are orthogonal, 1 if all lie on one line.
 
     Zero rows count 0.
     """

@@ -46,7 +46,7 @@ class Trainer:
         self.images, self.labels = (t[:args.subset].to(device) for t in dataset[:2])            # uint8, int64
         self.test_images, self.test_labels = (t.to(device) for t in dataset[2:4])
         self.normalise = data.Normalise(self.images)
-        self.flip = args.dataset != "gratings"                      # a mirrored grating is of another class
+        self.flip = args.dataset != "gratings"                      # mirroring changes a grating's class
         self.generator = torch.Generator(device).manual_seed(args.seed)         # order and augmentation
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
@@ -56,7 +56,7 @@ class Trainer:
         self.model = flags.network(args, len(dataset.classes), self.images.shape[-1])
         self.model.to(device, memory_format=torch.channels_last)
 
-        # Feedback alignment, or another rule, carries the error back through every hidden layer.
+        # Feedback alignment, or another rule, carries the error back through every layer but the stem.
         rule = rulefile.make(rulefile.load(args.rule), args.seed)
         self.handle = fa.attach(self.model, rule, except_=args.exact)
         self.network = parallel.wrap(self.model, self.normalise(self.images[:2]), self.labels[:2])

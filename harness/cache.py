@@ -1,12 +1,12 @@
-"""Spares the reader how CIFAR-10 and CIFAR-100 come onto the disk, and whether they are what they should be.
+"""Spares the reader the download, the checks and the storage of CIFAR-10 and CIFAR-100.
 
 torchvision, which knows the checksums, downloads CIFAR once into `root`; processes started together wait for
-the first. An official archive that lies there already is used. The images are then kept as `root/<name>.pt`:
+the first. An official archive that is there already is used. The images are then kept as `root/<name>.pt`:
 
     torch.save({"train_images": uint8 (N, 3, 32, 32), "train_labels": int64 (N,),
                 "test_images":  uint8 (M, 3, 32, 32), "test_labels":  int64 (M,), "classes": [str, ...]})
 
-Later runs read that file, check it, and need no network. It may also hold a part of the images only.
+Later runs read that file, check it, and need no network. It may also hold only some of the images.
 
 A result is worth no more than its data, so what is read is checked: every label is a class, no class has more
 images than the official set, and next to no test image is among the training images.

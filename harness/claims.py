@@ -1,4 +1,4 @@
-"""Spares the reader reproduce.py's command line, and how the tables of two READMEs follow results/.
+"""The command line of reproduce.py, and the tables that it rewrites in two READMEs.
 
 Nothing here knows which experiments there are: reproduce.py lists them, and hands them over as `Claims`.
 """

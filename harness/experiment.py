@@ -1,10 +1,9 @@
-"""Spares the reader everything between a list of runs and its results: which runs are missing, and running
-those.
+"""Runs what is missing of a list of runs, and keeps the results.
 
 A run is train.py with the experiment's arguments, in a process of its own. When it ends, one JSON line with
 its arguments, seed, versions, commit, data, device and log is added to NAME.jsonl. A run whose line is there
 already (the same arguments, seed and flags.VERSION) is not run again, and one that was killed is resumed; so
-the same command, given again, goes on where a killed one was. Tables are written from those lines alone.
+the same command, given again, goes on where a killed one stopped. Tables are written from those lines alone.
 
 Nothing here knows which experiments there are: reproduce.py lists them.
 """

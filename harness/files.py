@@ -1,8 +1,8 @@
-"""Spares the reader how files survive a power cut, a full disk, a damaged byte and a second process.
+"""Lets files survive a power cut, a full disk, a damaged byte and a second process.
 
 A file is written under another name, flushed to the disk and then renamed: whoever reads it, or finds it
-after a power cut, sees it whole. What torch saved is read only after its checksums were compared, and nothing
-in it is executed.
+after a power cut, sees it whole. What torch saved is loaded once its checksums are verified, and nothing in
+it is executed.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every flag of a training run, with the reason for its default, and which flags make no sense together.
+"""Every flag of a training run, with the reason for its default, and which flags cannot be combined.
 
 `parse` turns a command line into complete arguments. What the user leaves out comes from the recipe of the
 data set; a wrong input ends with one line and status 2. With `--resume RUN` the arguments are those that the
@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
                         "(default: 64, 32 cnn, 512 mlp; 16 for the cnn on gratings, for speed)")
     g.add_argument("--depth", type=number(int, 1),
                    help="hidden layers of the cnn or mlp "
-                        "(default: 4, the paper's; the others have their own)")
+                        "(default: 4, the paper's; fixed in the other models)")
     g.add_argument("--shortcut", choices=models.SHORTCUTS,
                    help="where a residual block changes the shape: conv, a 1×1 convolution, or pad, means of "
                         "2×2 pixels and zeros for new channels; none: no shortcuts at all (default: conv)")
@@ -130,8 +130,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--weight-decay", type=number(float, 0), default=5e-4,
                    help="of both optimisers (default: 0.0005, usual for CIFAR)")
     g.add_argument("--muon-weight-decay", type=number(float, 0),
-                   help="of Muon alone (default: that of both; Muon's steps do not shrink with the gradient)")
-    g = p.add_argument_group("intervention upon the hidden updates (rank.py)").add_mutually_exclusive_group()
+                   help="of Muon alone (default: --weight-decay; its steps ignore the size of the gradient)")
+    g = p.add_argument_group("intervention on the hidden updates (rank.py)").add_mutually_exclusive_group()
     g.add_argument("--cut", type=number(int, 1), metavar="R",
                    help="keep the R largest singular values of every update, norm kept (default: all)")
     g.add_argument("--flatten", action="store_true",
@@ -140,8 +140,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--out", metavar="DIR",
                    help="the run folder, new or empty (default: runs/ and a name made of the arguments)")
     g.add_argument("--resume", metavar="RUN", type=Path,
-                   help="go on with the run in this folder, with its arguments; what else may be given is "
-                        "--epochs, --data, --device, --graph, and --out to write elsewhere "
+                   help="go on with the run in this folder, with its arguments; you may change only "
+                        "--epochs, --data, --device, --graph, and give --out to write elsewhere "
                         "(default: a new run)")
     g.add_argument("--rank", nargs="?", const=1, type=number(int, 1), metavar="EVERY",
                    help="record ranks and alignments after every so many epochs, into rank.jsonl "
@@ -154,17 +154,17 @@ def parser() -> argparse.ArgumentParser:
                         "(default: on a GPU, if the step is the same every time: one process, "
                         "a rule of fa.py, no --rank, --cut or --flatten)")
     g.add_argument("--deterministic", action="store_true",
-                   help="on a GPU too the same bits in every run, by operations that may be slower "
-                        "(default: there some sums come in any order; on a CPU all bits are the same anyway)")
+                   help="the same bits in every run on a GPU too, by operations that may be slower "
+                        "(default: a GPU may sum in any order; on a CPU all bits are the same anyway)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction,
                    help="bf16 in forward and backward, float32 for weights "
-                        "(default: where the GPU or the CPU has instructions for it and so is faster; "
+                        "(default: if the GPU or CPU has instructions for it, and so is faster; "
                         "on a CPU not for gratings, whose numbers the README prints)")
     return p
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The complete arguments; whatever makes no sense ends the process with one line and status 2."""
+    """The complete arguments; whatever is wrong ends the process with one line and status 2."""
     p = parser()
     args = p.parse_args(argv)
     try:

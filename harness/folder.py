@@ -1,4 +1,4 @@
-"""Spares the reader how anybody's folder of images becomes tensors.
+"""Turns a folder of the user's images into tensors.
 
 The layout is that of torchvision's ImageFolder: `train/CLASS/...` and `test/CLASS/...` (or `val/`, also as
 Tiny ImageNet unpacks). The images are decoded once, while other processes wait, and kept beside the folder in

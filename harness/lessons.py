@@ -1,4 +1,4 @@
-"""Spares the lessons their demonstrations: what `python fa.py`, muon.py, norm.py and rank.py print and draw.
+"""The demonstrations of the lessons: what `python fa.py`, muon.py, norm.py and rank.py print and draw.
 
 The last line of a lesson calls `main(name)`. `two_ways` and `gratings` draw the README's two pictures:
 

@@ -1,4 +1,4 @@
-"""Spares the reader what several processes that train one model together have to agree on.
+"""What several processes that train one model together have to agree on.
 
     torchrun --nproc-per-node N train.py ...            # on one machine or many
 

@@ -1,4 +1,4 @@
-"""Spares the reader how the ranks and alignments of a model are recorded while it trains.
+"""Records the ranks and alignments of a model while it trains.
 
 `Recorder` measures every layer on a fixed batch, `Trajectory` keeps the gradients of successive steps, and
 `Recording` is both of them over a whole run, as `train.py --rank` needs it. rank.py says what is measured and

@@ -1,4 +1,4 @@
-"""Spares the reader the making of tables and pictures: of experiments, of each kind one, and of runs.
+"""Makes the tables and pictures: one of each per kind of experiment, and one that compares runs.
 
     python -m harness.report RUN [RUN ...]      # run folders side by side: a table, and compare.png
 
@@ -6,8 +6,8 @@ A result is a line of results/NAME.jsonl as experiment.py writes it, with the la
 beside it. Tables are Markdown, as results/README.md holds them; accuracies are those of the last epoch, in %,
 mean ± standard deviation over seeds. Nothing here knows how the results were made.
 
-One colour stands for one thing in every picture: `colour(label)`. No curve can hide another: where two lie on
-each other, the later one is thinner, and the earlier one shows as its rim.
+One colour stands for one thing in every picture: `colour(label)`. No curve can hide another: where two
+coincide, the later one is thinner, and the earlier one shows as its rim.
 """
 from __future__ import annotations
 

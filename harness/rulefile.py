@@ -1,5 +1,4 @@
-"""Spares the reader how a learning rule comes out of anybody's file, with nothing to register and nothing to
-fork.
+"""Loads a learning rule from the user's own file, with nothing to register and nothing to fork.
 
     # my_rule.py, for python train.py --rule my_rule.py:MyRule
     import fa

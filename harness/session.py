@@ -15,8 +15,8 @@
             run.log(accuracy)
     sys.exit(run.status)
 
-Whatever ends the `with` block becomes one line on stderr and an exit status; only errors of the project's own
-stay tracebacks. Ctrl-C and SIGTERM wait until the step is done. A run that was killed goes on from its last
+Whatever ends the `with` block becomes one line on stderr and an exit status; only bugs in this project stay
+tracebacks. Ctrl-C and SIGTERM wait until the step is done. A run that was killed goes on from its last
 checkpoint, or from the one before if the last is damaged.
 """
 from __future__ import annotations
