@@ -67,7 +67,7 @@ EXPERIMENTS = {
     "rank": Experiment(
         "The signal of feedback alignment has a lower rank than backprop's; Muon and normalisation raise it.",
         "--dataset cifar10 --subset 10000 --epochs 12 --weight-decay 0 --rank",
-        {"backprop + norm": ALL["backprop + norm"], **REPAIRS}, view="ranks",
+        {"backprop + norm": ALL["backprop + norm"], **REPAIRS}, view="ranks", seeds=3,
         scale="The 4-layer CNN of width 32, the first 10,000 training images of CIFAR-10, 12 epochs, no "
               "weight decay, Nesterov SGD, of learning rate 0.02 without normalisation."),
     "rank-map": Experiment(
@@ -153,7 +153,7 @@ EXPERIMENTS = {
         "it help more?",
         f"{CNN} {{}}", {k: ALL[k] for k in ("backprop", "backprop + Muon", "FA", "FA + Muon")},
         {"none": "", **{kind: f"--norm {kind}" for kind in ("rms", "layer", "batch", "whiten")}},
-        "normalisation", "sweep", scale=CNN_SCALE),
+        "normalisation", "sweep", seeds=3, scale=CNN_SCALE),
     "cifar100-quarter": Experiment(
         "The paper's headline table at a quarter of the width, and FA with shortcuts that have no weights.",
         "--dataset cifar100 --width 16 --epochs 10 --rank 10", WIDER, view="blocks",
