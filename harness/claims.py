@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness import experiment as experiments
-from harness import files, flags, report, session
+from harness import files, flags, report
 from harness.experiment import Experiment
 
 
@@ -147,16 +147,19 @@ def reproduce(args: argparse.Namespace, claims: Claims) -> None:
 
 def main(argv: list[str] | None, claims: Claims) -> int:
     """From the command line to the exit status."""
-    session.speak_anywhere()
     args = parse(argv, claims.experiments)
+    status = 0
     try:
         if args.check:
-            return check(claims, args.out or claims.results)
-        if args.list:
+            status = check(claims, args.out or claims.results)
+        elif args.list:
             print(overview(claims, args.out or claims.results))
         else:
             reproduce(args, claims)
-        return 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        return files.unread()
     except (files.Problem, OSError) as e:
         print(f"reproduce.py: {e}", file=sys.stderr)
         return 2

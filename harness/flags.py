@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import io
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -36,6 +38,14 @@ WIDTHS = {"mlp": 512, "cnn": 32, "resnet18": 64, "resnet34": 64, "vgg11": 64}
 
 
 class Parser(argparse.ArgumentParser):
+    """Prints on any terminal: a letter that it lacks becomes a question mark."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+
     def error(self, message: str) -> NoReturn:
         # One line; the usage is behind --help.
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")

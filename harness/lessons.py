@@ -6,8 +6,8 @@ The last line of a lesson calls `main(name)`. `two_ways` and `gratings` draw the
 """
 from __future__ import annotations
 
-import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ import fa
 import muon
 import norm
 import rank
-from harness import files, report
+from harness import files, flags, report
 
 DEPTHS = {1: "#8FC1E3", 2: "#3182BD", 3: "#08306B"}            # a layer by its depth: the deeper, the darker
 
 
 def main(name: str, argv: list[str] | None = None) -> None:
     """The command line of a lesson: its demonstration, with a picture where one is asked for."""
-    parser = argparse.ArgumentParser(prog=f"{name}.py", description=DEMONSTRATIONS[name].__doc__)
+    parser = flags.Parser(prog=f"{name}.py", description=DEMONSTRATIONS[name].__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE", help="save a picture too, such as lesson.png")
     if name == "rank":
         parser.add_argument("runs", nargs="*", type=Path, metavar="RUN",
@@ -43,6 +43,9 @@ def main(name: str, argv: list[str] | None = None) -> None:
                 draw(args.out)
         if args.out:
             print(args.out)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        parser.exit(files.unread())
     except (files.Problem, OSError, ValueError, ImportError) as e:      # a folder, a format, no matplotlib
         reason = " ".join(str(getattr(e, "strerror", None) or e).split())
         parser.exit(2, f"{parser.prog}: {reason}{f' ({args.out})' if isinstance(e, OSError) else ''}\n")

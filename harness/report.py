@@ -826,8 +826,7 @@ def draw_side_by_side(path: Path, rows: list[list], runs: list[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """From the command line to the exit status."""
-    from harness import flags, session                          # session imports this file
-    session.speak_anywhere()
+    from harness import flags                                   # session imports this file
     p = flags.Parser(prog="report", description="Compare runs of train.py, finished or not.")
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
     p.add_argument("--out", type=Path, metavar="FILE", default=Path("compare.png"),
@@ -847,7 +846,9 @@ def main(argv: list[str] | None = None) -> int:
             write_csv(args.csv, rows)
         what = args.out
         draw_side_by_side(args.out, rows, runs)
-        print(args.out)
+        print(args.out, flush=True)
+    except BrokenPipeError:
+        return files.unread()
     except files.Problem as e:
         p.error(str(e))
     except (OSError, ValueError, ImportError) as e:             # a format, no name, no matplotlib

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
 import os
 import platform
@@ -81,7 +80,6 @@ class Run:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
-        speak_anywhere()
         if parallel.asked():
             parallel.start(self.args.device)
         graph.prepare(self.args.device, self.args.deterministic)
@@ -111,9 +109,7 @@ class Run:
         if isinstance(error, files.Problem | fa.HookError):
             return 2, f"train.py: {error}"
         if isinstance(error, BrokenPipeError):                  # `python train.py | head`
-            # Without this Python complains once more when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141, f"train.py: nobody reads the output any more{kept}"
+            return files.unread(), f"train.py: nobody reads the output any more{kept}"
         if isinstance(error, graph.RecordError):
             return 2, f"train.py: {error}; add --no-graph"
         if isinstance(error, torch.OutOfMemoryError):
@@ -484,13 +480,6 @@ def each_in_one(model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> No
 
 def measured(args: argparse.Namespace) -> str:
     return "held-out" if args.validate else "test"
-
-
-def speak_anywhere() -> None:
-    """Print on any terminal: a letter that it lacks becomes a question mark."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def name(args: argparse.Namespace) -> str:

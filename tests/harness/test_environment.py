@@ -1,4 +1,4 @@
-"""train.py where people run it: odd terminals, languages and homes, a reader who leaves, Ctrl-C, no
+"""The commands where people run them: odd terminals, languages and homes, a reader who leaves, Ctrl-C, no
 matplotlib, and what another launcher left behind."""
 import os
 import signal
@@ -20,9 +20,9 @@ ODD = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOEN
        "HOME": "/dev/null", "MPLCONFIGDIR": "", "MPLBACKEND": "nonsense", "TERM": "dumb"}
 
 
-def start(cwd, *args, **env):
+def start(cwd, *args, script="train.py", **env):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd,
+    return subprocess.Popen([sys.executable, str(ROOT / script), *args], cwd=cwd,
                             env={key: value for key, value in environment.items()
                                  if value or key == "CUDA_VISIBLE_DEVICES"},
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -49,6 +49,17 @@ def test_a_reader_who_leaves(tmp_path):
     err = process.stderr.read()
     assert process.wait() == 141 and err.count(b"\n") == 1
     assert b"nobody reads the output any more; finished epochs are in runs" in err
+
+
+@pytest.mark.parametrize("script, args, unread", [("train.py", ["--help"], 0),         # argparse's own way
+                                                  ("reproduce.py", ["--list"], 141), ("norm.py", [], 141)])
+def test_an_odd_terminal_and_no_reader(tmp_path, script, args, unread):
+    process = start(tmp_path, *args, script=script, **ODD)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, b"") and out
+    process = start(tmp_path, *args, script=script, **ODD)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == unread
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
