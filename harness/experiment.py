@@ -221,7 +221,7 @@ def run(path: Path, job: Job, root: str, threads: int, running: dict, device: st
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}       # the caller's own number is kept
     with files.claim(folder.parent) as held:        # train.py holds it too, should this process be killed
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   env=environment, pass_fds=held)
+                                   errors="replace", env=environment, pass_fds=held)
         running[job.key] = process, folder / "log.jsonl"
         _, error = process.communicate()
         del running[job.key]
