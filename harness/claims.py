@@ -94,14 +94,14 @@ def parse(argv: list[str] | None, names: Iterable[str]) -> argparse.Namespace:
     p.add_argument("--out", type=Path, metavar="DIR",
                    help="folder of results of your own; all runs are then run on your machine (default: "
                         "results/, where the READMEs' numbers are, and whose runs are not repeated)")
-    p.add_argument("--seeds", type=flags.number(int, 1),
+    p.add_argument("--seeds", type=flags.number(int, 1, 1000),
                    help="runs of each row (default: the experiment's own number)")
     p.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="changes",
                    help="arguments of train.py that replace the experiment's, such as epochs=10 width=16")
     p.add_argument("--rule", type=flags.rule, metavar="RULE",
                    help="another rule beside feedback alignment, such as dfa or my_rule.py:MyRule; what "
                         "results/ has already is not run again, and all goes to --out (default there: mine)")
-    p.add_argument("--jobs", type=flags.number(int, 1), default=1,
+    p.add_argument("--jobs", type=flags.number(int, 1, 1000), default=1,
                    help="runs at a time, sharing the cores, and the GPUs if there are several (default: 1)")
     p.add_argument("--data", default="data", metavar="DIR",
                    help="folder of the downloaded data sets (default: data)")

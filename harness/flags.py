@@ -104,10 +104,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--model", choices=models.MODELS,
                    help="the network "
                         "(default: the paper's, resnet18 for cifar100 and the 4-layer cnn otherwise)")
-    g.add_argument("--width", type=number(int, 1),
+    g.add_argument("--width", type=number(int, 1, 2 ** 16),
                    help="channels of the first layer, units of the mlp "
                         "(default: 64, 32 cnn, 512 mlp; 16 for the cnn on gratings, for speed)")
-    g.add_argument("--depth", type=number(int, 1),
+    g.add_argument("--depth", type=number(int, 1, 2 ** 10),
                    help="hidden layers of the cnn or mlp "
                         "(default: 4, the paper's; fixed in the other models)")
     g.add_argument("--shortcut", choices=models.SHORTCUTS,
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("data")
     g.add_argument("--data", default="data", metavar="DIR",
                    help="folder of the downloaded data sets (default: data)")
-    g.add_argument("--image-size", type=number(int, 8), metavar="PIXELS",
+    g.add_argument("--image-size", type=number(int, 8, 2 ** 12), metavar="PIXELS",
                    help="resize the images of a folder to this (default: 32)")
     g.add_argument("--subset", type=number(int, 1), metavar="N",
                    help="train on the first N images only; the test set stays whole (default: all)")
@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--muon-weight-decay", type=number(float, 0),
                    help="of Muon alone (default: --weight-decay; its steps ignore the size of the gradient)")
     g = p.add_argument_group("intervention on the hidden updates (rank.py)").add_mutually_exclusive_group()
-    g.add_argument("--cut", type=number(int, 1), metavar="R",
+    g.add_argument("--cut", type=number(int, 1, 2 ** 16), metavar="R",
                    help="keep the R largest singular values of every update, norm kept (default: all)")
     g.add_argument("--flatten", action="store_true",
                    help="make the singular values of every update equal, norm kept (default: as they are)")

@@ -112,9 +112,10 @@ class Run:
             return files.unread(), f"train.py: nobody reads the output any more{kept}"
         if isinstance(error, graph.RecordError):
             return 2, f"train.py: {error}; add --no-graph"
-        if isinstance(error, torch.OutOfMemoryError):
-            return 2, (f"train.py: the GPU's memory is full: {str(error).split('. ')[0]}; "
-                       f"choose a smaller --batch-size or --width{kept}")
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+            asked = re.search(r"ried to allocate [\d.]+ \w+", str(error))
+            return 2, (f"train.py: the memory is full{f' (t{asked[0]})' if asked else ''}; choose a smaller "
+                       f"--batch-size or --width{kept}")
         if isinstance(error, KeyboardInterrupt):
             when = f"at once{kept}" if kept else "before the run began"
             return 130, f"train.py: stopped {when}"
