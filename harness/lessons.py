@@ -51,12 +51,6 @@ def main(name: str, argv: list[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: {reason}{f' ({args.out})' if isinstance(e, OSError) else ''}\n")
 
 
-def save(figure: Any, path: str | os.PathLike) -> None:
-    from matplotlib import pyplot as plt
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 # ---- fa.py -------------------------------------------------------------------------------------------------
 
 def feedback_alignment() -> Callable[[Path], None]:
@@ -127,7 +121,7 @@ def draw_alignment(path: Path, history: list[tuple], others: dict[str, list[tupl
         panel.set(xscale="log", xlabel="step")
         panel.set_xticks([1, 11, 101, 1001], ["0", "10", "100", "1000"])
         panel.minorticks_off()
-    save(figure, path)
+    report.save(figure, Path(path))
 
 
 def name_end(panel: Any, name: str, x: float, y: float, colour: str) -> None:
@@ -181,7 +175,7 @@ def draw_orthogonalisation(path: Path, X: Tensor) -> None:
     right.annotate(why, (1, largest), xytext=(27, 0.47), color="#666666", fontsize=11, va="center",
                    arrowprops={"arrowstyle": "->", "color": "#666666", "shrinkB": 4})
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    save(figure, path)
+    report.save(figure, Path(path))
 
 
 # ---- norm.py -----------------------------------------------------------------------------------------------
@@ -228,7 +222,7 @@ def draw_normalisation(path: Path, cosines: dict[str | None, list[float]],
     right.set_yticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
     right.minorticks_off()
     figure.legend(loc="outside right center", frameon=False, title="normalisation")
-    save(figure, path)
+    report.save(figure, Path(path))
 
 
 # ---- rank.py -----------------------------------------------------------------------------------------------
@@ -272,7 +266,7 @@ def draw_measures(path: Path, examples: dict[str, Tensor]) -> None:
         panel.set_ylabel("σ_i / σ_1")
     for panel in axes[-1]:
         panel.set_xlabel("i")
-    save(figure, path)
+    report.save(figure, Path(path))
 
 
 def draw_runs(path: Path, runs: list[Path]) -> None:
@@ -318,7 +312,7 @@ def two_ways(path: str | os.PathLike) -> None:
         panel.annotate(title, (1.5, 1.38), ha="center", fontsize=15, color=colour)
         panel.set(xlim=(-0.3, 3.5), ylim=(-0.8, 1.5))
         panel.axis("off")
-    save(figure, path)
+    report.save(figure, Path(path))
 
 
 def arrow(panel: Any, start: tuple[float, float], end: tuple[float, float], colour: str,
@@ -342,7 +336,7 @@ def images() -> Callable[[Path], None]:
     nearest = torch.cdist(test.flatten(1), means.flatten(1)).argmin(1)
     correct = (nearest == dataset.test_labels).float().mean().item()
     print(f"The nearest of the ten mean images is that of its own class for {correct:.1%} of the test images "
-          "(chance: 10 %):\nno pixel and no colour tells the class.")
+          "(chance: 10 %):\nno pixel or colour reveals the class.")
     return gratings
 
 
@@ -355,7 +349,7 @@ def gratings(path: str | os.PathLike) -> None:
             axes[i, k].imshow(image.permute(1, 2, 0).numpy())
             axes[i, k].axis("off")
         axes[0, k].set_title(name.replace(" degrees", "°"), fontsize=16)
-    save(figure, path)
+    report.save(figure, Path(path))
 
 
 DEMONSTRATIONS: dict[str, Callable[[], Callable[[Path], None]]] = {

@@ -15,7 +15,7 @@ import models
 from harness import lessons, recorder, report
 
 SAYS = {"fa": "are why FA works", "muon": "angle to the exact P Qᵀ", "norm": "only they keep them apart",
-        "rank": "0.9^i, cut to 4", "data": "no colour tells the class"}
+        "rank": "0.9^i, cut to 4", "data": "no pixel or colour reveals"}
 
 
 def run(name, *args, monkeypatch):
@@ -46,8 +46,8 @@ def test_a_lesson_prints_a_table_and_saves_a_picture(name, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("draw", [lessons.two_ways, lessons.gratings])
 def test_the_readmes_pictures_are_drawn(draw, tmp_path):
-    draw(tmp_path / "picture.png")
-    assert is_picture(tmp_path / "picture.png")
+    draw(tmp_path / "picture")                                  # no ending: a PNG of exactly that name
+    assert is_picture(tmp_path / "picture")
 
 
 def made(tmp_path, *names):
@@ -86,9 +86,10 @@ def test_recorded_runs_are_drawn_and_told_apart(tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_saved_or_read_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     figure = report.figure_of(1, 1, size=(1, 1))[0]
-    monkeypatch.setitem(lessons.DEMONSTRATIONS, "fa", lambda: lambda path: lessons.save(figure, path))
+    monkeypatch.setitem(lessons.DEMONSTRATIONS, "fa", lambda: lambda path: report.save(figure, path))
     for name, args, said in (("fa", ["--out", "nowhere/picture.png"], "No such file"),
                              ("fa", ["--out", "x.docx"], "Format 'docx' is not supported"),
+                             ("fa", ["--out", "/"], "has an empty name"),
                              ("rank", [tmp_path], f"{tmp_path} has no record of ranks")):
         assert run(name, *args, monkeypatch=monkeypatch) == 2
         error = capsys.readouterr().err
