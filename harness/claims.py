@@ -159,7 +159,7 @@ def main(argv: list[str] | None, claims: Claims) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        return files.unread()
+        return flags.unread()
     except (files.Problem, OSError) as e:
         print(f"reproduce.py: {e}", file=sys.stderr)
         return 2

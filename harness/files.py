@@ -12,7 +12,6 @@ import os
 import pickle
 import shutil
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -96,13 +95,6 @@ def write_tensors(path: Path, content: object, keep: str | os.PathLike | None = 
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
-
-def unread() -> int:
-    """Nobody reads the output any more, as in `python fa.py | head`: the rest of it goes nowhere, or Python
-    would complain when it exits. Returns the exit status."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
-
 
 # What a file of garbage makes zipfile and torch.load stumble over.
 GARBAGE = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, OSError, RuntimeError,

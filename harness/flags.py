@@ -51,6 +51,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
+def unread() -> int:
+    """Nobody reads the output any more, as in `python fa.py | head`: the rest of it goes nowhere, or Python
+    would complain when it exits. Returns the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite number of at least `low` (or above it) and at most `high`."""
     what = "an integer" if kind is int else "a finite number"

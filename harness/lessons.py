@@ -45,7 +45,7 @@ def main(name: str, argv: list[str] | None = None) -> None:
             print(args.out)
         sys.stdout.flush()
     except BrokenPipeError:
-        parser.exit(files.unread())
+        parser.exit(flags.unread())
     except (files.Problem, OSError, ValueError, ImportError) as e:      # a folder, a format, no matplotlib
         reason = " ".join(str(getattr(e, "strerror", None) or e).split())
         parser.exit(2, f"{parser.prog}: {reason}{f' ({args.out})' if isinstance(e, OSError) else ''}\n")

@@ -848,7 +848,7 @@ def main(argv: list[str] | None = None) -> int:
         draw_side_by_side(args.out, rows, runs)
         print(args.out, flush=True)
     except BrokenPipeError:
-        return files.unread()
+        return flags.unread()
     except files.Problem as e:
         p.error(str(e))
     except (OSError, ValueError, ImportError) as e:             # a format, no name, no matplotlib

@@ -109,7 +109,7 @@ class Run:
         if isinstance(error, files.Problem | fa.HookError):
             return 2, f"train.py: {error}"
         if isinstance(error, BrokenPipeError):                  # `python train.py | head`
-            return files.unread(), f"train.py: nobody reads the output any more{kept}"
+            return flags.unread(), f"train.py: nobody reads the output any more{kept}"
         if isinstance(error, graph.RecordError):
             return 2, f"train.py: {error}; add --no-graph"
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):

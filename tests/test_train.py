@@ -292,6 +292,8 @@ WRONG = {
     "--lr nan": "not a finite number above 0",
     "--weight-decay inf": "not a finite number of at least 0",
     "--seed 99999999999999999999": "at most",
+    "--width 99999999999999999999": "at most",
+    "--cut 99999999999999999999": "at most",
     "--muon-lr 0.1": "no effect without --muon",
     "--muon-weight-decay 0": "no effect without --muon",
     "--depth 3 --model resnet18": "no effect on resnet18",
