@@ -35,7 +35,8 @@ def tables(claims: Claims, folder: Path) -> dict[str, str]:
     for name in claims.headline:
         experiment, lines = claims.experiments[name], found.get(name, [])
         if {line["label"] for line in lines} >= experiment.cells.keys() & report.HEADLINE:
-            table = report.headline(experiment, lines, claims.experiments[claims.headline[0]])
+            full = claims.headline[0]
+            table = report.headline(experiment, lines, claims.experiments[full], found.get(full, []))
             content["headline"] = experiments.noted(table, lines, gap=" ")
             break
     return content

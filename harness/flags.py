@@ -231,6 +231,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.norm in ("batch", "whiten") and args.batch_size < 2:
         p.error(f"--norm {args.norm} compares images with each other and needs a --batch-size of at least 2")
     args.device, args.device_reason = choose_device(p, args.device)
+    strided = args.model.startswith("resnet") and args.shortcut in (None, "conv")
+    if strided and args.width < 8 and args.device.type == "cpu":
+        p.error(f"--width {args.width}: below 8 torch's CPU library computes wrong gradients of 1×1 "
+                "shortcuts, or crashes (oneDNN issue 6035); choose --width 8, or --shortcut pad")
     if args.graph and args.device.type != "cuda":
         p.error("--graph records CUDA kernels and needs a GPU")
     changes = {"--cut": args.cut, "--flatten": args.flatten, "--rank": args.rank,

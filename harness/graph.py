@@ -1,6 +1,6 @@
 """What is here only for speed: the step as one CUDA graph on a GPU, and memory that is kept on a CPU.
 
-A step of ResNet-18 with Muon launches about a thousand kernels. A fast GPU runs most of them in less time
+A step of ResNet-18 with Muon is about six hundred operations. A fast GPU runs most of them in less time
 than Python needs to ask for the next, and waits. A CUDA graph remembers the launches of a step, with the
 addresses of all tensors, and repeats them with one call. The hooks of fa.py run while the graph is recorded;
 what they launched is in it.

@@ -18,6 +18,7 @@ import math
 import os
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -149,21 +150,39 @@ def table(experiment, lines: list[dict]) -> str:
 
 REPAIRS = ("", " + Muon", " + norm", " + Muon + norm")
 HEADLINE = {f"{rule}{repair}" for rule in ("backprop", "FA") for repair in REPAIRS} | {"frozen features"}
+BEYOND = " + Muon + norm, no weights in shortcuts"
 
 
-def headline(experiment, lines: list[dict], full) -> str:
-    """The paper's table beside ours, by repair; `full` is the experiment at the paper's scale."""
-    head, rows = ["test accuracy (%)", "backprop", "FA", "FA, the paper at full scale"], []
-    for repair in REPAIRS:
-        ours = [accuracy(select(lines, f"{rule}{repair}")) for rule in ("backprop", "FA")]
+def headline(experiment, lines: list[dict], full, whole: list[dict]) -> str:
+    """The paper's table beside ours, by repair, and what goes beyond it.
+
+    full    the experiment at the paper's scale
+    whole   its results so far
+    """
+    scales = [lines, whole] if experiment is not full and whole else [lines]
+    head = ["test accuracy (%)", "backprop", "FA", "FA at full scale", "FA at full scale, the paper"]
+    rows = []
+    for repair in [*REPAIRS, BEYOND] if select(lines, f"FA{BEYOND}") else REPAIRS:
+        ours = [accuracy(select(lines, f"backprop{repair}"))]
+        ours += [accuracy(select(at_scale, f"FA{repair}")) for at_scale in scales]
         rows.append([repair[3:] or "neither", *ours, full.paper.get(f"FA{repair}", "–")])
-    counts = sorted({len(select(lines, label)) for label in HEADLINE} - {0})
-    seeds = f"{counts[-1]} seeds" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]} seeds a row"
-    note = (f"{experiment.scale} {'One seed' if counts == [1] else seeds}; frozen features reach "
+    note = (f"{experiment.scale} {seeds(lines)}; frozen features reach "
             f"{accuracy(select(lines, 'frozen features'))}.")
-    if experiment is not full:
+    if len(scales) > 1:
+        devices = ", ".join(dict.fromkeys(line["device"] for line in whole))
+        note += f" Full scale: {full.scale.rstrip('.')}, on {devices}. {seeds(whole)}."
+    elif experiment is not full:
         note += f" The full scale ({full.scale.rstrip('.')}) has not been measured here yet."
-    return f"{markdown(head, rows)}\n\n{note}"
+    return f"{markdown(head[:2 + len(scales)] + head[4:], rows)}\n\n{note}"
+
+
+def seeds(lines: list[dict]) -> str:
+    """How many the rows of the headline table have that were measured."""
+    shown = HEADLINE | {f"{rule}{BEYOND}" for rule in ("backprop", "FA")}
+    counts = sorted(Counter(line["label"] for line in lines if line["label"] in shown).values())
+    if counts[0] < counts[-1]:
+        return f"{counts[0]} to {counts[-1]} seeds a row"
+    return "One seed" if counts[-1] == 1 else f"{counts[-1]} seeds"
 
 
 def rank_table(experiment, lines: list[dict]) -> str:

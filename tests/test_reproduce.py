@@ -36,7 +36,8 @@ def counted(monkeypatch, fail_at=None, seconds=1.0):
         accuracy = 0.5 + 0.1 * args["seed"]
         return {"experiment": path.stem, "label": job.label, "seed": args["seed"],
                 "final_test_accuracy": accuracy, "args": args, "diverged": False, "seconds": seconds,
-                "version": flags.VERSION, "epochs": [{"epoch": 1, "test_accuracy": accuracy, "step": 2}]}
+                "device": "a CPU", "version": flags.VERSION,
+                "epochs": [{"epoch": 1, "test_accuracy": accuracy, "step": 2}]}
 
     monkeypatch.setattr(experiment, "run", run)
     return calls
@@ -123,7 +124,7 @@ def test_the_headline_is_of_the_largest_scale_that_has_all_rows(tiny, monkeypatc
     assert reproduce.main(["tiny"]) == 0 and "Some. One seed" in readme.read_text()
     counted(monkeypatch, fail_at=2)
     assert reproduce.main(["large"]) == 130 and reproduce.main(["tiny"]) == 0
-    assert "(All) has not been measured" in readme.read_text()
+    assert "Some. One seed" in readme.read_text() and "Full scale: All, on a CPU. One" in readme.read_text()
     counted(monkeypatch)
     assert reproduce.main(["large"]) == 0
     assert "All. One seed" in readme.read_text() and "Some." not in readme.read_text()

@@ -298,6 +298,7 @@ WRONG = {
     "--muon-weight-decay 0": "no effect without --muon",
     "--depth 3 --model resnet18": "no effect on resnet18",
     "--shortcut pad": "no effect on cnn: choose --model resnet18",
+    "--model resnet18 --width 7 --shortcut conv": "choose --width 8, or --shortcut pad",
     "--exact layers.9": "cnn has no such layer, but layers.0, layers.1",
     "--exact layers.2 --rule bp": "which is exact everywhere",
     "--cut 3 --flatten": "not allowed with argument --cut",

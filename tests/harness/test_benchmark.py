@@ -11,10 +11,11 @@ from conftest import ROOT
 from harness import flags
 
 
-def test_the_readme_shows_what_was_measured():
-    rows = json.loads((ROOT / "results" / "benchmark-cpu.json").read_text())["rows"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_readme_shows_what_was_measured(device):
+    rows = json.loads((ROOT / "results" / f"benchmark-{device}.json").read_text())["rows"]
     text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
-    shown = re.search("<!-- benchmark-cpu -->\n(.*?)<!-- end -->", text, re.S)[1]
+    shown = re.search(f"<!-- benchmark-{device} -->\n(.*?)<!-- end -->", text, re.S)[1]
     assert shown == benchmark.table(rows) + "\n"
     assert benchmark.ratio({**rows[1], "group": "another"}, rows) is None
 

@@ -117,14 +117,27 @@ def test_the_blocks_table_has_the_error_at_the_ends_of_the_branches():
 def test_the_headline_has_the_papers_column_and_says_what_is_not_measured():
     full = reproduce.Experiment("", "", {}, paper={"FA": 1.4}, scale="All of it.")
     part, lines = full._replace(scale="A part.", paper={}), [line("FA", 0.03), line("backprop", 0.5)]
-    text = report.headline(part, lines, full)
-    assert cells(text)[2] == ["neither", "50.0", "3.0", "1.4"]
+    text = report.headline(part, lines, full, [])
+    assert cells(text)[0][1:] == ["backprop", "FA", "FA at full scale, the paper"]
+    assert cells(text)[2] == ["neither", "50.0", "3.0", "1.4"] and reproduce.PAD not in text
     assert "A part. One seed; frozen" in text and "All of it) has not been measured" in text
-    text = report.headline(full, [*lines, line("FA", 0.05, seed=1)], full)
+    text = report.headline(full, [*lines, line("FA", 0.05, seed=1)], full, lines)
     assert cells(text)[2] == ["neither", "50.0", "4.0 ± 1.4", "1.4"]
     assert "All of it. 1 to 2 seeds a row; frozen" in text and "measured here yet" not in text
-    text = report.headline(full, [line("FA", 0.05), line("FA", 0.05, seed=1)], full)
+    text = report.headline(full, [line("FA", 0.05), line("FA", 0.05, seed=1)], full, [])
     assert "All of it. 2 seeds; frozen" in text
+
+
+def test_the_headline_has_what_was_measured_at_full_scale_beside_a_smaller_one():
+    full = reproduce.Experiment("", "", {}, paper={"FA": 1.4}, scale="All of it.")
+    lines = [line("FA", 0.03), line("backprop", 0.5), line(reproduce.BEST, 0.1), line("other", 0.1),
+             line("other", 0.1, seed=1)]
+    whole = [line(reproduce.BEST, 0.4) | {"device": "a card"}]
+    text = report.headline(full._replace(scale="A part."), lines, full, whole)
+    assert cells(text)[0][3:] == ["FA at full scale", "FA at full scale, the paper"]
+    assert cells(text)[2] == ["neither", "50.0", "3.0", "not measured", "1.4"]
+    assert cells(text)[6] == [f"Muon + norm{reproduce.PAD}", "not measured", "10.0", "40.0", "–"]
+    assert "A part. One seed; frozen" in text and "Full scale: All of it, on a card. One seed." in text
 
 
 SHORTCUT = reproduce.EXPERIMENTS["shortcut"]
