@@ -45,6 +45,11 @@ WIDER = {k: WIDER[k] for k in (                                 # they are run i
     "FA + Muon + norm", "backprop + Muon + norm", "FA + norm", BEST, "FA + Muon",
     "backprop + norm", "frozen features", "FA", "backprop + Muon", "backprop",
     BEST_BP, f"{BEST}{FIXED}", f"{BEST}{DECAY}", f"{BEST_BP}{DECAY}")}
+# Those of `cifar100`, in the same order, with the default learning rates.
+FULL = {**ALL, "frozen features": WIDER["frozen features"]}
+FULL |= {f"{k}{PAD}": f"{v} --shortcut pad" for k, v in FULL.items()}
+FULL |= {f"{k}{DECAY}": f"{v} --muon-weight-decay 0.05" for k, v in FULL.items()}
+FULL = {label: FULL[label] for label in WIDER if FIXED not in label}
 PAPER = {"FA": 1.4, "FA + Muon": 25.3, "FA + norm": 37.1, "FA + Muon + norm": 46.1}     # CIFAR-100, ResNet-18
 SMALL = "the first 10,000 training images of {}, 10 epochs, the whole test set."
 CNN, CNN_SCALE = ("--dataset cifar10 --width 16 --subset 10000 --epochs 10",
@@ -164,9 +169,7 @@ EXPERIMENTS = {
         scale="ResNet-18 of width 32, all of CIFAR-100, 30 epochs."),
     "cifar100": Experiment(
         "The paper's headline table, and FA with shortcuts that have no weights.",
-        "--dataset cifar100",
-        {**ALL, **{label: f"{ALL[label.removesuffix(PAD)]} --shortcut pad" for label in (BEST, BEST_BP)},
-         "frozen features": "--rule frozen --norm"}, paper=PAPER,
+        "--dataset cifar100", FULL, paper=PAPER,
         scale="ResNet-18 of width 64, all of CIFAR-100, 100 epochs."),
 }
 # README's headline table shows the first of these that has all its rows.
