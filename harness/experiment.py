@@ -137,10 +137,15 @@ def named(job: Job, done: dict[str, dict]) -> dict:
 
 
 def table(experiment: Experiment, lines: list[dict]) -> str:
-    """The experiment's table, and under it what a reader has to know of the images."""
+    """The experiment's table, and under it what a reader has to know of the images, and which rows no run
+    has been made of."""
     if not lines:
         return "Not measured yet."
-    return noted(report.VIEWS[experiment.view].table(experiment, lines), lines)
+    there = {line["label"] for line in lines}
+    measured = {label: own for label, own in experiment.cells.items() if label in there}
+    text = report.VIEWS[experiment.view].table(experiment._replace(cells=measured), lines)
+    missing = "; ".join(label for label in experiment.cells if label not in there)
+    return noted(text, lines) + (f"\n\nNot measured yet: {missing}." if missing else "")
 
 
 def noted(table: str, lines: list[dict], gap: str = "\n\n") -> str:

@@ -141,6 +141,13 @@ def test_the_table_has_means_and_deviations_beside_the_papers_numbers(tiny, monk
     assert "| FA | 25.0 (1 of 2 diverged) | 2 | 1.5 | +23.5 |" in table and "not measured | 0 |" in table
 
 
+def test_a_table_names_the_rows_that_are_not_measured_under_it():
+    some = [{"label": "B", "diverged": False, "final_test_accuracy": 0.25, "args": {"dataset": "gratings"}}]
+    table = experiment.table(reproduce.Experiment("", "", {"A": "", "B": "", "C, too": ""}), some)
+    assert table.endswith("| B | 25.0 | 1 |\n\nNot measured yet: A; C, too.") and "| A |" not in table
+    assert experiment.table(reproduce.Experiment("", "", {"B": ""}), some).endswith("| B | 25.0 | 1 |")
+
+
 def test_what_is_announced_is_what_is_run(tiny, monkeypatch, capsys):
     calls = counted(monkeypatch)
     changed(monkeypatch, scale="One epoch.", cells={"FA": "--rule fa --lr {}"},
