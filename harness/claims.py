@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness import experiment as experiments
-from harness import files, flags, report
+from harness import files, flags, pictures, report, tables
 from harness.experiment import Experiment
 
 
@@ -26,7 +26,7 @@ class Claims(NamedTuple):
 
 # ---- the READMEs -------------------------------------------------------------------------------------------
 
-def tables(claims: Claims, folder: Path) -> dict[str, str]:
+def contents(claims: Claims, folder: Path) -> dict[str, str]:
     """What stands between the READMEs' marks, by name, from the results in this folder."""
     found = {name: experiments.results(experiment, folder / f"{name}.jsonl")
              for name, experiment in claims.experiments.items()
@@ -34,9 +34,9 @@ def tables(claims: Claims, folder: Path) -> dict[str, str]:
     content = {name: experiments.table(claims.experiments[name], lines) for name, lines in found.items()}
     for name in claims.headline:
         experiment, lines = claims.experiments[name], found.get(name, [])
-        if {line["label"] for line in lines} >= experiment.cells.keys() & report.HEADLINE:
+        if {line["label"] for line in lines} >= experiment.cells.keys() & tables.HEADLINE:
             full = claims.headline[0]
-            table = report.headline(experiment, lines, claims.experiments[full], found.get(full, []))
+            table = tables.headline(experiment, lines, claims.experiments[full], found.get(full, []))
             content["headline"] = experiments.noted(table, lines, gap=" ")
             break
     return content
@@ -44,7 +44,7 @@ def tables(claims: Claims, folder: Path) -> dict[str, str]:
 
 def outdated(claims: Claims, folder: Path) -> dict[Path, str]:
     """The READMEs whose tables are not what the results in this folder say, and what they should be."""
-    content, wrong = tables(claims, folder), {}
+    content, wrong = contents(claims, folder), {}
     for path in claims.readmes:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         if experiments.written(text, content) != text:
@@ -139,7 +139,7 @@ def reproduce(args: argparse.Namespace, claims: Claims) -> None:
     lines = [experiments.named(job, done) for job in listed]
     print("\n" + experiments.table(experiment, lines) + "\n", flush=True)
     picture = folder / ("-".join([args.name, *args.changes]).replace("/", "_") + ".png")
-    if report.picture(picture, lambda: report.VIEWS[experiment.view].draw(picture, experiment, lines)):
+    if pictures.picture(picture, lambda: report.VIEWS[experiment.view].draw(picture, experiment, lines)):
         print(picture)
     if not args.changes and not args.out:
         for path, text in outdated(claims, claims.results).items():

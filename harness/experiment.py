@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness import files, flags, report, rulefile
+from harness import files, flags, report, rulefile, tables
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 DIVERGED = 3                # train.py's exit status where a number was not finite: a result like any other
@@ -271,10 +271,10 @@ def run_missing(path: Path, missing: list[Job], done: dict[str, dict], at_a_time
                         begun(path, job).rename(f"{begun(path, job)}-{time.time_ns()}")
                     show("")
                     which = ", ".join(filter(None, (job.label, job.column, f"seed {line['seed']}")))
-                    print(f"{which}: {report.percent(line)}, {report.span(line['seconds'])}", flush=True)
+                    print(f"{which}: {tables.percent(line)}, {tables.span(line['seconds'])}", flush=True)
                 logs = [log for _, log in list(running.values()) if log.exists()]
                 epochs = finished + sum(log.read_text().count("\n") for log in logs)
-                left = (report.span((time.time() - began) / epochs * (total - epochs)) if epochs
+                left = (tables.span((time.time() - began) / epochs * (total - epochs)) if epochs
                         else "unknown time")
                 show(f"{len(missing) - len(waiting)} of {len(missing)} runs done, {left} left")
                 time.sleep(0.5)

@@ -20,7 +20,7 @@ import fa
 import muon
 import norm
 import rank
-from harness import files, flags, report
+from harness import files, flags, pictures, report
 
 DEPTHS = {1: "#8FC1E3", 2: "#3182BD", 3: "#08306B"}            # a layer by its depth: the deeper, the darker
 
@@ -97,14 +97,14 @@ def learn(rule: str, say: bool = False) -> list[tuple[int, float, list[float], l
 
 
 def draw_alignment(path: Path, history: list[tuple], others: dict[str, list[tuple]]) -> None:
-    figure, axes = report.figure_of(1, 3, size=(13, 4.2))
+    figure, axes = pictures.figure_of(1, 3, size=(13, 4.2))
     left, middle, right = axes[0]
     place = lambda step: step + 1                               # a logarithmic axis has no 0
     for label, rows in {"FA": history, **others}.items():
         steps = [place(row[0]) for row in rows]
-        left.plot(steps, [row[1] for row in rows], color=report.colour(label), linewidth=2)
+        left.plot(steps, [row[1] for row in rows], color=pictures.colour(label), linewidth=2)
         name = label.replace(" features", "\nhidden\nlayers")
-        name_end(left, name, steps[-1], rows[-1][1], report.colour(label))
+        name_end(left, name, steps[-1], rows[-1][1], pictures.colour(label))
     left.set(title="FA learns, and not by its classifier alone", ylabel="loss", yscale="log")
     steps = [place(row[0]) for row in history]
     for panel, column, first in ((middle, 2, 2), (right, 3, 1)):
@@ -121,7 +121,7 @@ def draw_alignment(path: Path, history: list[tuple], others: dict[str, list[tupl
         panel.set(xscale="log", xlabel="step")
         panel.set_xticks([1, 11, 101, 1001], ["0", "10", "100", "1000"])
         panel.minorticks_off()
-    report.save(figure, Path(path))
+    pictures.save(figure, Path(path))
 
 
 def name_end(panel: Any, name: str, x: float, y: float, colour: str) -> None:
@@ -150,7 +150,7 @@ def orthogonalisation() -> Callable[[Path], None]:
 
 
 def draw_orthogonalisation(path: Path, X: Tensor) -> None:
-    figure, axes = report.figure_of(1, 2, size=(12, 4.4))
+    figure, axes = pictures.figure_of(1, 2, size=(12, 4.4))
     left, right = axes[0]
     a, b, c = muon.COEFFICIENTS
     shades = {0: "#999999", 1: "#8FC1E3", 2: "#3182BD", 5: "#08306B"}       # the more steps, the darker
@@ -175,7 +175,7 @@ def draw_orthogonalisation(path: Path, X: Tensor) -> None:
     right.annotate(why, (1, largest), xytext=(27, 0.47), color="#666666", fontsize=11, va="center",
                    arrowprops={"arrowstyle": "->", "color": "#666666", "shrinkB": 4})
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    report.save(figure, Path(path))
+    pictures.save(figure, Path(path))
 
 
 # ---- norm.py -----------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def normalisation(depth: int = 32, width: int = 256, images: int = 256) -> Calla
 
 def draw_normalisation(path: Path, cosines: dict[str | None, list[float]],
                        ranks: dict[str | None, list[float]]) -> None:
-    figure, axes = report.figure_of(1, 2, size=(12, 4.4))
+    figure, axes = pictures.figure_of(1, 2, size=(12, 4.4))
     left, right = axes[0]
     # The widest first, so that a curve that lies on another leaves it a rim.
     styles = {None: ("#BBBBBB", 6.0), "layer": ("#C9A227", 3.5), "rms": ("#5A3A00", 1.2),
@@ -222,7 +222,7 @@ def draw_normalisation(path: Path, cosines: dict[str | None, list[float]],
     right.set_yticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
     right.minorticks_off()
     figure.legend(loc="outside right center", frameon=False, title="normalisation")
-    report.save(figure, Path(path))
+    pictures.save(figure, Path(path))
 
 
 # ---- rank.py -----------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def measures() -> Callable[[Path], None]:
 
 def draw_measures(path: Path, examples: dict[str, Tensor]) -> None:
     """A panel for each spectrum, with the number of directions that count."""
-    figure, axes = report.figure_of(3, 3, size=(12, 7.5), sharey="all")
+    figure, axes = pictures.figure_of(3, 3, size=(12, 7.5), sharey="all")
     for panel, (name, M) in zip(axes.flat, examples.items()):
         sigma = torch.linalg.svdvals(M.double())
         count = rank.effective_rank(M)
@@ -266,14 +266,14 @@ def draw_measures(path: Path, examples: dict[str, Tensor]) -> None:
         panel.set_ylabel("σ_i / σ_1")
     for panel in axes[-1]:
         panel.set_xlabel("i")
-    report.save(figure, Path(path))
+    pictures.save(figure, Path(path))
 
 
 def draw_runs(path: Path, runs: list[Path]) -> None:
     """The recorded ranks of runs, side by side. Raises files.Problem."""
     found = [report.read_ranks(run) for run in runs]
     labels = [label for label, _ in found]
-    report.draw_ranks(path, [(f"{label} ({run.name})" if labels.count(label) > 1 else label, records)
+    pictures.draw_ranks(path, [(f"{label} ({run.name})" if labels.count(label) > 1 else label, records)
                              for run, (label, records) in zip(runs, found)])
 
 
@@ -281,13 +281,13 @@ def draw_runs(path: Path, runs: list[Path]) -> None:
 
 def two_ways(path: str | os.PathLike) -> None:
     """Forward through W₁, W₂, W₃; the ways back of backprop, FA and DFA."""
-    figure, axes = report.figure_of(1, 3, size=(14, 4.4))
+    figure, axes = pictures.figure_of(1, 3, size=(14, 4.4))
     ways = {"backprop": ("backprop: the same weights, transposed",
                          "δ₂ = W₃ᵀ δ₃ ⊙ φ′(a₂)", "δ₁ = W₂ᵀ δ₂ ⊙ φ′(a₁)"),
             "FA": ("feedback alignment: fixed random B", "δ₂ = B₃ᵀ δ₃ ⊙ φ′(a₂)", "δ₁ = B₂ᵀ δ₂ ⊙ φ′(a₁)"),
             "DFA": ("direct: straight from the output", "δ₂ = B₃ᵀ δ₃ ⊙ φ′(a₂)", "δ₁ = B₂ᵀ δ₃ ⊙ φ′(a₁)")}
     for panel, (rule, (title, *equations)) in zip(axes[0], ways.items()):
-        colour, letter = report.colour(rule), "W" if rule == "backprop" else "B"
+        colour, letter = pictures.colour(rule), "W" if rule == "backprop" else "B"
         box = {"boxstyle": "circle,pad=0.3", "facecolor": "white"}
         for i, name in enumerate(("x", "h₁", "h₂", "y")):
             panel.annotate(name, (i, 1), ha="center", va="center", fontsize=15,
@@ -312,7 +312,7 @@ def two_ways(path: str | os.PathLike) -> None:
         panel.annotate(title, (1.5, 1.38), ha="center", fontsize=15, color=colour)
         panel.set(xlim=(-0.3, 3.5), ylim=(-0.8, 1.5))
         panel.axis("off")
-    report.save(figure, Path(path))
+    pictures.save(figure, Path(path))
 
 
 def arrow(panel: Any, start: tuple[float, float], end: tuple[float, float], colour: str,
@@ -343,13 +343,13 @@ def images() -> Callable[[Path], None]:
 def gratings(path: str | os.PathLike) -> None:
     """Three gratings of each of the ten classes."""
     dataset = data.gratings(500, 1)
-    figure, axes = report.figure_of(3, 10, size=(13, 4.3))
+    figure, axes = pictures.figure_of(3, 10, size=(13, 4.3))
     for k, name in enumerate(dataset.classes):
         for i, image in enumerate(dataset.train_images[dataset.train_labels == k][:3]):
             axes[i, k].imshow(image.permute(1, 2, 0).numpy())
             axes[i, k].axis("off")
         axes[0, k].set_title(name.replace(" degrees", "°"), fontsize=16)
-    report.save(figure, Path(path))
+    pictures.save(figure, Path(path))
 
 
 DEMONSTRATIONS: dict[str, Callable[[], Callable[[Path], None]]] = {

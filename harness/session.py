@@ -45,7 +45,7 @@ from tqdm import tqdm
 import data
 import fa
 import muon
-from harness import cache, files, flags, graph, parallel, report, rulefile
+from harness import cache, files, flags, graph, parallel, pictures, rulefile, tables
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 # The least time between two checkpoints: on a fast GPU an epoch takes little longer than writing one.
@@ -258,7 +258,7 @@ class Run:
         left = (self.args.epochs - epoch) * seconds_an_epoch
         self.say(f"epoch {epoch:3}/{self.args.epochs}  loss {loss:7.4f}  "
                  f"train {line['train_accuracy']:6.1%}  {measured(self.args)} {accuracy:6.1%}  "
-                 f"{line['seconds']:6.1f} s  {report.span(left)} left")
+                 f"{line['seconds']:6.1f} s  {tables.span(left)} left")
         if stop and epoch < self.args.epochs:
             raise Stopped
 
@@ -289,14 +289,14 @@ class Run:
         last = self.lines[-1]
         self.say(f"final {measured(self.args)} accuracy {last['test_accuracy']:.1%} "
                  f"(epoch {last['epoch']}, the last) · "
-                 f"{report.span(time.perf_counter() - self._began)} · {self.folder}")
+                 f"{tables.span(time.perf_counter() - self._began)} · {self.folder}")
 
     def _draw(self) -> None:
         if self.folder:
             path = self.folder / "curves.png"
             heading = f"{title(self.args)} · {self.args.model} · {self.args.dataset} · seed {self.args.seed}"
-            report.picture(path, lambda: report.curves(path, self.lines, heading, self.classes, self.ranks,
-                                                       measured(self.args)))
+            pictures.picture(path, lambda: pictures.curves(path, self.lines, heading, self.classes,
+                                                           self.ranks, measured(self.args)))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 

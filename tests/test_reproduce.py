@@ -4,7 +4,7 @@ import json
 import pytest
 
 import reproduce
-from harness import experiment, flags, report
+from harness import experiment, flags, tables
 
 TINY = "--dataset gratings --subset 64 --width 2 --epochs 1"
 
@@ -79,7 +79,7 @@ def test_the_tuned_learning_rates_are_the_grids_best():
     lines = experiment.results(reproduce.EXPERIMENTS["tune"], reproduce.RESULTS / "tune.jsonl")
     assert len(lines) == 8 * len(reproduce.EXPERIMENTS["tune"].columns)
     for label, flag in reproduce.TUNED.items():
-        best = max((line for line in report.select(lines, label) if not line["diverged"]),
+        best = max((line for line in tables.select(lines, label) if not line["diverged"]),
                    key=lambda line: line["final_test_accuracy"])
         assert flag.split() == ["--muon-lr" if "Muon" in label else "--lr", best["column"]], label
 
@@ -137,7 +137,7 @@ def test_the_table_has_means_and_deviations_beside_the_papers_numbers(tiny, monk
     assert row in (tiny / "README.md").read_text() and row in capsys.readouterr().out
     some = [{"label": "FA", "diverged": lost, "final_test_accuracy": None if lost else 0.25}
             for lost in (True, False)]
-    table = report.table(reproduce.EXPERIMENTS["tiny"], some)
+    table = tables.table(reproduce.EXPERIMENTS["tiny"], some)
     assert "| FA | 25.0 (1 of 2 diverged) | 2 | 1.5 | +23.5 |" in table and "not measured | 0 |" in table
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fa
 import models
-from harness import lessons, recorder, report
+from harness import lessons, pictures, recorder
 
 SAYS = {"fa": "are why FA works", "muon": "angle to the exact P Qᵀ", "norm": "only they keep them apart",
         "rank": "0.9^i, cut to 4", "data": "no pixel or colour reveals"}
@@ -78,15 +78,15 @@ def test_recorded_runs_are_drawn_and_told_apart(tmp_path, monkeypatch, capsys):
     assert run("rank", *runs, monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().out == "rank.png\n" and is_picture(tmp_path / "rank.png")
     drawn = []
-    monkeypatch.setattr(report, "draw_ranks", lambda path, runs: drawn.extend(label for label, _ in runs))
+    monkeypatch.setattr(pictures, "draw_ranks", lambda path, runs: drawn.extend(label for label, _ in runs))
     assert run("rank", *runs, monkeypatch=monkeypatch) == 0
     assert drawn[0].endswith(" (a)") and drawn[2].endswith(" (c)") and not drawn[1].endswith(")")
 
 
 def test_what_cannot_be_saved_or_read_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    figure = report.figure_of(1, 1, size=(1, 1))[0]
-    monkeypatch.setitem(lessons.DEMONSTRATIONS, "fa", lambda: lambda path: report.save(figure, path))
+    figure = pictures.figure_of(1, 1, size=(1, 1))[0]
+    monkeypatch.setitem(lessons.DEMONSTRATIONS, "fa", lambda: lambda path: pictures.save(figure, path))
     for name, args, said in (("fa", ["--out", "nowhere/picture.png"], "No such file"),
                              ("fa", ["--out", "x.docx"], "Format 'docx' is not supported"),
                              ("fa", ["--out", "/"], "has an empty name"),

@@ -1,5 +1,6 @@
-"""harness/report.py: tables whose numbers are right by hand, pictures that show them whatever is missing, and
-`python -m harness.report`, which compares runs and says in one line what is wrong with its input."""
+"""harness/tables.py, pictures.py and report.py: tables whose numbers are right by hand, pictures that show
+them whatever is missing, and `python -m harness.report`, which compares runs and says in one line what is
+wrong with its input."""
 import csv
 import json
 import math
@@ -14,7 +15,7 @@ from test_train import SMALL, small_gratings  # noqa: F401  (a fixture)
 
 import reproduce
 import train
-from harness import files, report
+from harness import files, pictures, report, tables
 from harness.experiment import results
 
 
@@ -42,8 +43,8 @@ def cells(text):
 @pytest.fixture
 def drawn(monkeypatch):
     """What the pictures of this test are made of."""
-    figures, save = [], report.save
-    monkeypatch.setattr(report, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    figures, save = [], pictures.save
+    monkeypatch.setattr(pictures, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures
 
 
@@ -62,12 +63,12 @@ MAPPED = [line("He: backprop", 0.6, "0.01"), line("He: FA", 0.3, "0.01", (5.0, 4
 
 
 def test_the_sweep_table_and_no_error_is_not_taken_for_a_collapse(tmp_path, drawn):
-    head, _, mlp_fa, mlp_bp, cnn_fa = cells(report.sweep_table(SWEEP, SWEPT))
+    head, _, mlp_fa, mlp_bp, cnn_fa = cells(tables.sweep_table(SWEEP, SWEPT))
     assert head == ["hidden layers", "2", "12"]
     assert mlp_fa == ["MLP: FA", "55.0 ± 7.1; 25", "– (1 of 1 diverged); –"]     # mean of 10, 20, 30, 40
     assert mlp_bp == ["MLP: backprop", "not measured", "not measured"]
     assert cnn_fa == ["CNN: FA", "20.0; 1", "10.0; no error"]
-    report.draw_sweep(tmp_path / "picture.png", SWEEP, SWEPT)
+    pictures.draw_sweep(tmp_path / "picture.png", SWEEP, SWEPT)
     mlp, _, mlp_ranks, cnn_ranks = drawn[0].axes
     assert mlp.lines[0].get_ydata() == pytest.approx([55, math.nan], nan_ok=True)
     assert mlp_ranks.lines[0].get_ydata() == pytest.approx([25, math.nan], nan_ok=True)
@@ -77,12 +78,12 @@ def test_the_sweep_table_and_no_error_is_not_taken_for_a_collapse(tmp_path, draw
     (note,) = mlp.texts
     assert note.get_text() == "diverged" and note.xy == (12.0, 10.0)        # on the line of chance
     words = SWEEP._replace(columns={"2": "", "all": ""})                    # which no line joins to the 2
-    report.draw_sweep(tmp_path / "picture.png", words, [{**some, "column": "all"} for some in SWEPT[:1]])
+    pictures.draw_sweep(tmp_path / "picture.png", words, [{**some, "column": "all"} for some in SWEPT[:1]])
     assert [line.get_linestyle() for line in drawn[1].axes[0].lines[:2]] == ["-", "None"]
 
 
 def test_the_map_table_divides_feedback_alignments_rank_by_backprops():
-    head, _, *rows = cells(report.map_table(MAP, MAPPED))
+    head, _, *rows = cells(tables.map_table(MAP, MAPPED))
     assert head[2:] == ["backprop (%)", "FA (%)", "error δ", "gradient", "trajectory"]
     assert rows == [["He", "0.01", "60.0", "30.0", "0.50, 2.00", "0.25, –", "2.00"],
                     ["He", "0.1", "60.0", "– (1 of 1 diverged)", "–", "–", "–"],
@@ -93,9 +94,9 @@ def test_the_map_table_divides_feedback_alignments_rank_by_backprops():
 def test_the_rank_and_quick_tables_list_the_layers_below_the_classifier():
     experiment = reproduce.Experiment("", "", {"backprop": "", "FA": ""})
     lines = [line("FA", 0.5), line("FA", 0.7, error=(20.0, 30.0), seed=1)]
-    assert cells(report.rank_table(experiment, lines))[-1] == ["FA", "60.0 ± 14.1", "2", "15, 25", "4, 8",
+    assert cells(tables.rank_table(experiment, lines))[-1] == ["FA", "60.0 ± 14.1", "2", "15, 25", "4, 8",
                                                                "3, 3", "50", "0.25, 0.50", "–, 30"]
-    assert cells(report.quick_table(experiment, lines))[2:] == [["backprop", "not measured", "0", "–"],
+    assert cells(tables.quick_table(experiment, lines))[2:] == [["backprop", "not measured", "0", "–"],
                                                                 ["FA", "60.0 ± 14.1", "2", "15, 25"]]
 
 
@@ -110,21 +111,21 @@ def test_the_blocks_table_has_the_error_at_the_ends_of_the_branches():
              line("FA", 0.7, seed=1) | {"rank": [of(1, 9), of(20, 90)]},
              line("FA", None, seed=2) | {"rank": [of(1, 9)]},
              line("frozen features", 0.1) | {"rank": [of(None, None)]}]
-    assert [row[-2:] for row in cells(report.blocks_table(experiment, lines))[2:]] == [
+    assert [row[-2:] for row in cells(tables.blocks_table(experiment, lines))[2:]] == [
         ["15, 17", "85, 85"], ["no error", "–"], ["–", "–"]]
 
 
 def test_the_headline_has_the_papers_column_and_says_what_is_not_measured():
     full = reproduce.Experiment("", "", {}, paper={"FA": 1.4}, scale="All of it.")
     part, lines = full._replace(scale="A part.", paper={}), [line("FA", 0.03), line("backprop", 0.5)]
-    text = report.headline(part, lines, full, [])
+    text = tables.headline(part, lines, full, [])
     assert cells(text)[0][1:] == ["backprop", "FA", "FA at full scale, the paper"]
     assert cells(text)[2] == ["neither", "50.0", "3.0", "1.4"] and reproduce.PAD not in text
     assert "A part. One seed; frozen" in text and "All of it) has not been measured" in text
-    text = report.headline(full, [*lines, line("FA", 0.05, seed=1)], full, lines)
+    text = tables.headline(full, [*lines, line("FA", 0.05, seed=1)], full, lines)
     assert cells(text)[2] == ["neither", "50.0", "4.0 ± 1.4", "1.4"]
     assert "All of it. 1 to 2 seeds a row; frozen" in text and "measured here yet" not in text
-    text = report.headline(full, [line("FA", 0.05), line("FA", 0.05, seed=1)], full, [])
+    text = tables.headline(full, [line("FA", 0.05), line("FA", 0.05, seed=1)], full, [])
     assert "All of it. 2 seeds; frozen" in text
 
 
@@ -133,7 +134,7 @@ def test_the_headline_has_what_was_measured_at_full_scale_beside_a_smaller_one()
     lines = [line("FA", 0.03), line("backprop", 0.5), line(reproduce.BEST, 0.1), line("other", 0.1),
              line("other", 0.1, seed=1)]
     whole = [line(reproduce.BEST, 0.4) | {"device": "a card"}]
-    text = report.headline(full._replace(scale="A part."), lines, full, whole)
+    text = tables.headline(full._replace(scale="A part."), lines, full, whole)
     assert cells(text)[0][3:] == ["FA at full scale", "FA at full scale, the paper"]
     assert cells(text)[2] == ["neither", "50.0", "3.0", "not measured", "1.4"]
     assert cells(text)[6] == [f"Muon + norm{reproduce.PAD}", "not measured", "10.0", "40.0", "–"]
@@ -157,13 +158,13 @@ def test_every_picture_is_drawn_whatever_is_missing(experiment, lines, tmp_path)
 
 
 def test_no_two_things_share_a_colour():
-    assert len({*report.COLOURS.values(), *report.OTHERS}) == len(report.COLOURS) + len(report.OTHERS)
-    chosen = report.colours(["CNN: FA", "FA", "mine.MyRule", "mine.MyRule", "backprop"])
-    assert len(set(chosen)) == 5 and chosen[::4] == [report.COLOURS["FA"], report.COLOURS["backprop"]]
+    assert len({*pictures.COLOURS.values(), *pictures.OTHERS}) == len(pictures.COLOURS) + len(pictures.OTHERS)
+    chosen = pictures.colours(["CNN: FA", "FA", "mine.MyRule", "mine.MyRule", "backprop"])
+    assert len(set(chosen)) == 5 and chosen[::4] == [pictures.COLOURS["FA"], pictures.COLOURS["backprop"]]
 
 
 def test_an_axis_is_logarithmic_from_a_factor_of_ten():
-    assert [report.axis(columns)[1:] for columns in (["2", "12"], ["0.01", "0.1"], ["1", "all"])] == [
+    assert [pictures.axis(columns)[1:] for columns in (["2", "12"], ["0.01", "0.1"], ["1", "all"])] == [
         ([2.0, 12.0], "linear"), ([0.01, 0.1], "log"), ([0.0, 1.0], "linear")]
 
 
@@ -309,9 +310,9 @@ def test_a_runs_curves_and_the_errors_rank_where_it_was_recorded(tmp_path, drawn
     names = [*(f"layers.{i}" for i in range(20)), "classifier"]
     ranks = [{"epoch": epoch, "layers": {name: {"error": i != 2 and {"effective_rank": 10.0 * i + epoch}}
                                          for i, name in enumerate(names)}} for epoch in (0, 2)]
-    report.curves(tmp_path / "plain.png", log, "a run", 10)
-    report.curves(tmp_path / "ranks.png", log, "a run", 10, ranks)
-    report.curves(tmp_path / "diverged.png", [dict.fromkeys(log[0])], "a run", None, ranks[:1])
+    pictures.curves(tmp_path / "plain.png", log, "a run", 10)
+    pictures.curves(tmp_path / "ranks.png", log, "a run", 10, ranks)
+    pictures.curves(tmp_path / "diverged.png", [dict.fromkeys(log[0])], "a run", None, ranks[:1])
     left, right = drawn[0].axes
     assert left.get_yscale() == "log" and list(left.lines[0].get_ydata()) == [10.0, 100.0]
     assert [set(one.get_ydata()) for one in right.lines] == [{50.0}, {60.0}, {10.0}]
@@ -332,9 +333,9 @@ def test_a_runs_ranks_have_the_name_and_colour_of_the_tables(tmp_path, drawn):
         runs.append(report.read_ranks(run))
     assert [name for name, _ in runs] == ["FA", "FA + Muon + norm", "mine.Rule + layer norm", "FA"]
     assert runs[0][1] == records
-    report.draw_ranks(tmp_path / "ranks.png", runs)
+    pictures.draw_ranks(tmp_path / "ranks.png", runs)
     curves = drawn[0].axes[0].lines[:4]
-    assert [one.get_color() for one in curves[:2]] == [report.colour("FA"), report.colour("FA + Muon + norm")]
+    assert [one.get_color() for one in curves[:2]] == list(map(pictures.colour, ["FA", "FA + Muon + norm"]))
     widths = [one.get_linewidth() for one in curves]            # all four lie on each other, and leave a rim
     assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4
     with pytest.raises(files.Problem, match="no record of ranks"):
