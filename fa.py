@@ -181,11 +181,11 @@ class _Cut:
             return super().forward(input)                               # type: ignore[misc]
         if torch.compiler.is_compiling():
             _refuse_to_compile()
-        output = super().forward(input.detach())                        # type: ignore[misc]
         self.crossing.used |= torch.is_grad_enabled()
         self.crossing.within = torch._C._current_graph_task_id()        # a backward pass; -1 outside of one
         if not (input.requires_grad and torch.is_grad_enabled()):       # no error is wanted below
-            return output
+            return super().forward(input)                               # type: ignore[misc]
+        output = super().forward(input.detach())                        # type: ignore[misc]
         seen = (input.detach(), output.detach()) if self.rule.needs_input else None
         # What nn.Module.__call__ does for a full backward hook.
         hook = BackwardHook(self, [functools.partial(_replace_error, seen=seen)], [])

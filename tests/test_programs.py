@@ -1,12 +1,14 @@
 """fa.py and muon.split in other people's programs: where B is W the gradients are autograd's, whatever hooks
 and odd layers there are; what cannot be right is refused; models can be saved, copied and replicated."""
 import copy
+import functools
 import io
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -144,6 +146,22 @@ def test_a_penalty_on_the_inputs_gradient_is_right():
             (gx,) = torch.autograd.grad(loss, entry, create_graph=True)
             results.append(torch.autograd.grad(gx.square().sum() + again * loss, weights))
         assert all(g.any() and relative(g, expected) < 1e-12 for g, expected in zip(*results))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")         # torch's own, within jvp
+def test_derivatives_that_go_forward_are_exact_or_refused():
+    plain, ours, _ = both()
+    along, weights = torch.randn_like(X), dict(plain.named_parameters())
+    values = {name: weight.detach() for name, weight in weights.items()}
+    results = []
+    for model in plain, ours:
+        given = functools.partial(torch.func.functional_call, model)
+        results.append([torch.func.jvp(model, (X,), (along,))[1],
+                        torch.func.jacfwd(model)(X[:1, :, :7, :7]),
+                        torch.func.jvp(lambda w: given(w, (X,)), (values,), (values,))[1]])     # noqa: B023
+    assert all(torch.equal(*pair) and pair[0].any() for pair in zip(*results))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        ours(forward_ad.make_dual(X, along))                    # recorded for a backward pass as well
 
 
 def test_a_second_derivative_of_weight_gradients_is_refused():
