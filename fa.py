@@ -188,7 +188,8 @@ class _Cut:
         output = super().forward(input.detach())                        # type: ignore[misc]
         seen = (input.detach(), output.detach()) if self.rule.needs_input else None
         # What nn.Module.__call__ does for a full backward hook.
-        hook = BackwardHook(self, [functools.partial(_replace_error, seen=seen)], [])
+        replace = functools.partial(_replace_error, seen=seen, weight=self._parameters.get("weight"))
+        hook = BackwardHook(self, [replace], [])
         return hook.setup_output_hook(_Tie.apply(*hook.setup_input_hook((input, output))))
 
     def _load_from_state_dict(self: Any, state: dict, prefix: str, *rest: Any) -> None:
@@ -224,13 +225,17 @@ class _Tie(torch.autograd.Function):
         return placeholder, error
 
 
-def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple, seen: tuple | None = None) -> tuple:
+def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple, seen: tuple | None = None,
+                   weight: Tensor | None = None) -> tuple:
     """The full backward hook: δ_out comes in, the placeholder goes, the rule's δ_in takes its place."""
     (placeholder, *others), (error,) = grad_input, grad_output
     if error is None:                                   # none came, though autograd may have put zeros for it
         return (None,) * len(grad_input)
     if layer.rule.needs_targets and layer.rule.targets is None:
         raise RuleError(f"{type(layer.rule).__name__} needs each batch's targets: set handle.rule.targets")
+    if layer.rule.uses_weight and layer._parameters.get("weight") is not weight:
+        raise RuleError(f"{type(layer.rule).__name__} reads the weight of {layer}, which is not that of the "
+                        "forward pass: torch.func.functional_call has put it back")
     if seen is not None:
         layer.input, layer.output = seen
     sent = layer.rule.backward(layer, error, placeholder.shape)

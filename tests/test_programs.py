@@ -1,5 +1,6 @@
 """fa.py and muon.split in other people's programs: where B is W the gradients are autograd's, whatever hooks
 and odd layers there are; what cannot be right is refused; models can be saved, copied and replicated."""
+import contextlib
 import copy
 import functools
 import io
@@ -146,6 +147,16 @@ def test_a_penalty_on_the_inputs_gradient_is_right():
             (gx,) = torch.autograd.grad(loss, entry, create_graph=True)
             results.append(torch.autograd.grad(gx.square().sum() + again * loss, weights))
         assert all(g.any() and relative(g, expected) < 1e-12 for g, expected in zip(*results))
+
+
+def test_a_rule_that_reads_the_weight_refuses_another_one_than_that_of_the_forward_pass():
+    for rule, message in (fa.FA(), None), (fa.SignSymmetry(), "SignSymmetry reads the weight of Linear"):
+        model = network()
+        fa.attach(model, rule)
+        weights = {name: -weight.detach().requires_grad_() for name, weight in model.named_parameters()}
+        loss = F.cross_entropy(torch.func.functional_call(model, weights, (X,)), LABELS)
+        with pytest.raises(fa.RuleError, match=message) if message else contextlib.nullcontext():
+            loss.backward()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")         # torch's own, within jvp
