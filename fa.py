@@ -297,7 +297,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: dict[str, Layer]):
         self.rule, self.layers, self.made, self._model, self._stem = rule, layers, {}, model, [*stem]
-        self._mode, self._hooks = types.SimpleNamespace(exact=False), []
+        self._mode, self._hooks = types.SimpleNamespace(exact=0), []
         with contextlib.ExitStack() as undo:
             undo.callback(self.remove)                  # if the rule cannot prepare a layer, all is as before
             for name, layer in layers.items():
@@ -348,12 +348,15 @@ class Attachment:
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Within this context all is plain backprop; the feedback weights stay. For measurements."""
+        """Within this context the model is plain backprop, other handles' layers too. For measurements."""
+        modes = [module.crossing.mode for module in self._model.modules() if hasattr(module, "crossing")]
+        for mode in modes:
+            mode.exact += 1                             # contexts that are open, times layers
         try:
-            self._mode.exact = True
             yield
         finally:
-            self._mode.exact = False
+            for mode in modes:
+                mode.exact -= 1
 
     def remove(self) -> None:
         """Make the model plain again: exact backprop, no feedback weights, in-place activations as before."""

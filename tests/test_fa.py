@@ -383,6 +383,19 @@ def test_exact_and_remove_give_backprop_back():
     agree(gradients(model, x, labels), ours, 0)
 
 
+def test_exact_is_the_whole_models_and_lasts_until_the_outermost_ends():
+    plain, x, labels = resnet(dtype=torch.float32)
+    model = copy.deepcopy(plain)
+    handles = [fa.attach(model, fa.FA(), only=only) for only in (["blocks.*"], ["classifier"])]
+    expected, ours = gradients(plain, x, labels), gradients(model, x, labels)
+    for handle in handles:
+        with handle.exact():
+            with handles[0].exact():
+                agree(gradients(model, x, labels), expected, 0)
+            agree(gradients(model, x, labels), expected, 0)
+        agree(gradients(model, x, labels), ours, 0)
+
+
 def test_the_digest_sees_every_bit_of_the_feedback_and_not_its_layout_in_memory():
     model = models.cnn(width=4)
     handle = fa.attach(model, fa.FA(seed=1))
