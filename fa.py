@@ -582,7 +582,7 @@ def _cut(plain: Any) -> Any:
 
 
 def _is_cut(layer: Any) -> bool:
-    return hasattr(layer, "crossing") and type(layer) is _cut(layer.crossing.plain)
+    return getattr(type(layer), "forward", None) is _Cut.forward
 
 
 def _blank(plain: Any) -> nn.Module:

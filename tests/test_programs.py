@@ -200,6 +200,16 @@ class Tokens(nn.Module):
         return self.head(h + F.linear(h, self.qkv.weight) if "reads" in how else h)
 
 
+def test_a_layer_whose_class_was_extended_as_fully_shard_does_still_follows_its_rule():
+    plain, ours, handle = both()
+    layer = ours[2]
+    layer.__class__ = type("Sharded", (type("Mixed", (), {}), type(layer)), {})
+    for model in plain, ours:
+        backward(model)
+    agree(grads(ours), grads(plain))
+    handle.before_step()
+
+
 @pytest.mark.parametrize("zero", [lambda o: o.zero_grad(), lambda o: o.zero_grad(set_to_none=False),
                                   lambda o: None], ids=["to none", "to zero", "never"])
 def test_a_weight_may_be_left_out_of_a_step_but_not_used_without_calling_its_layer(zero):
