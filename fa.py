@@ -331,7 +331,7 @@ class Attachment:
             new = gradient is not None and getattr(gradient, "seen", None) != gradient._version
             wrong = ("the model has another layer in its place" if there.get(name) is not layer else
                      "its forward was replaced" if "forward" in vars(layer) or not _is_cut(layer) else
-                     "its weight was used without calling the layer"
+                     "its weight was used without calling the layer (so name it in except_)"
                      if new and not layer.crossing.used and gradient.any() else None)
             if wrong:
                 raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: "
