@@ -197,8 +197,11 @@ def blocks_table(experiment, lines: list[dict]) -> str:
                   for name, end in line["rank"][-1]["layers"].items() if name.endswith(".conv2")]
                  for line in cell]
         angles = [by_block(line, "conv2", "angle_error", 1) for line in cell]
-        arrives = any(rank for seed in ranks for rank in seed)
-        cells.append(f"{by_layer(ranks)} | {by_layer(angles)}" if arrives or not ranks else "no error | –")
+        arrives = [seed for seed in ranks if any(seed)]
+        silent = len(ranks) - len(arrives)
+        some = f" ({silent} of {len(ranks)}: no error)" if silent else ""
+        cells.append(f"{by_layer(arrives)}{some} | {by_layer(angles)}" if arrives or not ranks
+                     else "no error | –")
     return wider(table(experiment, lines), "rank of the error δ | ∠ error (°)", cells)
 
 

@@ -102,17 +102,19 @@ def test_the_rank_and_quick_tables_list_the_layers_below_the_classifier():
 
 def test_the_blocks_table_has_the_error_at_the_ends_of_the_branches():
     def of(rank, angle):
-        ends = {f"blocks.{i}.conv{j}": {"error": rank and {"effective_rank": rank + i * j},
-                                        "angle_error": angle} for i in (0, 1) for j in (1, 2)}
+        ends = {f"blocks.{i}.conv{j}": {
+            "error": None if rank is None else {"effective_rank": rank and rank + i * j},
+            "angle_error": angle} for i in (0, 1) for j in (1, 2)}
         return {"layers": {"stem": {}, **ends, "classifier": {}}}
 
-    experiment = reproduce.Experiment("", "", {"FA": "", "frozen features": "", "backprop": ""})
+    experiment = reproduce.Experiment("", "", {"FA": "", "frozen features": "", "silent": "", "backprop": ""})
     lines = [line("FA", 0.5) | {"rank": [of(1, 9), of(10, 80)]},
              line("FA", 0.7, seed=1) | {"rank": [of(1, 9), of(20, 90)]},
              line("FA", None, seed=2) | {"rank": [of(1, 9)]},
-             line("frozen features", 0.1) | {"rank": [of(None, None)]}]
+             line("frozen features", 0.1) | {"rank": [of(None, None)]},
+             line("silent", 0.1) | {"rank": [of(0.0, None)]}, line("silent", 0.1) | {"rank": [of(10, 80)]}]
     assert [row[-2:] for row in cells(tables.blocks_table(experiment, lines))[2:]] == [
-        ["15, 17", "85, 85"], ["no error", "–"], ["–", "–"]]
+        ["15, 17", "85, 85"], ["no error", "–"], ["10, 12 (1 of 2: no error)", "80, 80"], ["–", "–"]]
 
 
 def test_the_headline_has_the_papers_column_and_says_what_is_not_measured():
