@@ -37,15 +37,13 @@ DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RecursionError)  
 
 # ---- runs side by side -------------------------------------------------------------------------------------
 
-RULES = {"bp": "backprop", "fa": "FA", "dfa": "DFA", "sign": "sign-symmetry", "kp": "Kolen–Pollack",
-         "frozen": "frozen features"}
 # Arguments that have a column of their own, or are no choice of what is trained.
 NOT_COMPARED = ("rule", "epochs", "out", "data", "device_reason", "amp_reason", "rule_digest")
 
 
 def name_of(args: dict) -> str:
     """What the tables call a run with these arguments."""
-    parts = [RULES.get(args["rule"], rulefile.name(args["rule"]))]
+    parts = [tables.RULES.get(args["rule"], rulefile.name(args["rule"]))]
     if args["muon"]:
         parts.append("Muon")
     if args["norm"]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
+RULES = {"bp": "backprop", "fa": "FA", "dfa": "DFA", "sign": "sign-symmetry", "kp": "Kolen–Pollack",
+         "frozen": "frozen features"}
+
 
 # ---- numbers -----------------------------------------------------------------------------------------------
 

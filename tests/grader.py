@@ -25,8 +25,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from harness import report as report_of
-from harness import rulefile
+from harness import pictures, rulefile, tables
 
 GRADES: dict[str, dict[str, tuple[bool, str]]] = {}     # rule -> property -> (kept, why not or a remark)
 PROGRESS: dict[str, list] = {}  # rule -> after each epoch on the gratings (accuracy in %, ∠(W, B) in degrees)
@@ -243,10 +242,10 @@ def keep(write, config: pytest.Config) -> None:
 
 def draw(path: Path) -> None:
     """Accuracy by epoch of each rule, and the angle between its W and B, beside fa and bp."""
-    figure, ((left, right),) = report_of.figure_of(1, 2, size=(10, 4))
-    labels = [report_of.RULES.get(rule) or rulefile.name(rule) for rule in PROGRESS]
-    for label, progress, shade, width in zip(labels, PROGRESS.values(), report_of.colours(labels),
-                                             report_of.widths(len(labels))):
+    figure, ((left, right),) = pictures.figure_of(1, 2, size=(10, 4))
+    labels = [tables.RULES.get(rule) or rulefile.name(rule) for rule in PROGRESS]
+    for label, progress, shade, width in zip(labels, PROGRESS.values(), pictures.colours(labels),
+                                             pictures.widths(len(labels))):
         style = {"color": shade, "linewidth": width, "marker": "o", "markersize": width + 1.5}
         epochs = range(1, len(progress) + 1)
         left.plot(epochs, [reached for reached, _ in progress], label=label, **style)
@@ -255,4 +254,4 @@ def draw(path: Path) -> None:
     left.set(xlabel="epoch", ylabel="test accuracy on gratings (%)", ylim=(0, 100))
     right.set(xlabel="epoch", ylabel="∠(W, B) in degrees, mean over layers", ylim=(0, 95))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    report_of.save(figure, path)
+    pictures.save(figure, path)
