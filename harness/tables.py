@@ -119,6 +119,7 @@ def table(experiment, lines: list[dict]) -> str:
 REPAIRS = ("", " + Muon", " + norm", " + Muon + norm")
 HEADLINE = {f"{rule}{repair}" for rule in ("backprop", "FA") for repair in REPAIRS} | {"frozen features"}
 BEYOND = " + Muon + norm, no weights in shortcuts"
+SHOWN = HEADLINE | {f"{rule}{BEYOND}" for rule in ("backprop", "FA")}
 
 
 def headline(experiment, lines: list[dict], full, whole: list[dict]) -> str:
@@ -127,6 +128,7 @@ def headline(experiment, lines: list[dict], full, whole: list[dict]) -> str:
     full    the experiment at the paper's scale
     whole   its results so far
     """
+    lines, whole = ([line for line in each if line["label"] in SHOWN] for each in (lines, whole))
     scales = [lines, whole] if experiment is not full and whole else [lines]
     head = ["test accuracy (%)", "backprop", "FA", "FA at full scale", "FA at full scale, the paper"]
     rows = []
@@ -145,9 +147,8 @@ def headline(experiment, lines: list[dict], full, whole: list[dict]) -> str:
 
 
 def seeds(lines: list[dict]) -> str:
-    """How many the rows of the headline table have that were measured."""
-    shown = HEADLINE | {f"{rule}{BEYOND}" for rule in ("backprop", "FA")}
-    counts = sorted(Counter(line["label"] for line in lines if line["label"] in shown).values())
+    """How many the rows have that were measured."""
+    counts = sorted(Counter(line["label"] for line in lines).values())
     if counts[0] < counts[-1]:
         return f"{counts[0]} to {counts[-1]} seeds a row"
     return "One seed" if counts[-1] == 1 else f"{counts[-1]} seeds"

@@ -141,6 +141,8 @@ def test_the_headline_has_what_was_measured_at_full_scale_beside_a_smaller_one()
     assert cells(text)[2] == ["neither", "50.0", "3.0", "not measured", "1.4"]
     assert cells(text)[6] == [f"Muon + norm{reproduce.PAD}", "not measured", "10.0", "40.0", "–"]
     assert "A part. One seed; frozen" in text and "Full scale: All of it, on a card. One seed." in text
+    text = tables.headline(full._replace(scale="A part."), lines, full, [line("other", 0.1)])
+    assert "has not been measured" in text                      # of other rows the table has none
 
 
 SHORTCUT = reproduce.EXPERIMENTS["shortcut"]
