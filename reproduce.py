@@ -111,6 +111,13 @@ EXPERIMENTS = {
         f"{RESNET} --epochs 10",
         {**{k: f"{v} {TUNED[k]}" for k, v in ALL.items()}, "frozen features": "--rule frozen --norm"},
         seeds=3, scale=RESNET_SCALE),
+    "precision": Experiment(
+        "No claim: does bf16, the default on CIFAR where the machine computes it, change the accuracy?",
+        "--model resnet18 --width 16 --subset 10000 --epochs 10 --rule fa --muon --norm",
+        {f"{name}, {precision}": f"--dataset {images} {flag}"
+         for name, images in (("CIFAR-10", "cifar10"), ("CIFAR-100", "cifar100 --muon-lr 0.03"))
+         for precision, flag in (("float32", "--no-amp"), ("bf16", "--amp"))}, seeds=3,
+        scale="FA + Muon + norm, ResNet-18 of width 16, " + SMALL.format("each")),
     "improve": Experiment(
         "Beyond the paper: what lifts feedback alignment further, with both repairs and shortcuts without "
         "weights?",

@@ -149,9 +149,13 @@ def table(experiment: Experiment, lines: list[dict]) -> str:
 
 
 def noted(table: str, lines: list[dict], gap: str = "\n\n") -> str:
-    """The table, and after a gap what a reader has to know of the images that these results saw."""
+    """The table, and after a gap what a reader has to know of the images that these results saw, and of
+    their precision where it depended on the machine."""
     notes = dict.fromkeys(note for line in lines if line["args"]["dataset"] in CIFAR
                           for note in remarks(line))
+    bf16 = [line["args"].get("amp", False) for line in lines if line["args"].get("amp_reason") != "as asked"]
+    if 0 < sum(bf16) < len(bf16):
+        notes[f"In bf16: {sum(bf16)} of the {len(bf16)} runs; the others in float32."] = None
     return gap.join([table, " ".join(notes)]) if notes else table
 
 

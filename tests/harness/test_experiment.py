@@ -121,6 +121,18 @@ def test_a_table_says_what_is_odd_about_the_images():
         assert experiment.noted("the table", [line, line]) == "the table" + said
 
 
+def test_a_table_says_how_many_runs_were_in_bf16_where_some_were_not():
+    def line(amp, reason):
+        args = {"dataset": "cifar100", "amp": amp, "amp_reason": reason}
+        return {"args": args, "version": 2, "data": {"train_images": 50_000}}
+
+    here, there = line(True, "this CPU has it"), line(False, "this CPU has no bf16")
+    said = "the table\n\nIn bf16: 2 of the 3 runs; the others in float32."
+    assert experiment.noted("the table", [here, there, here]) == said
+    for lines in ([here, here], [there], [line(True, "as asked"), there]):
+        assert experiment.noted("the table", lines) == "the table"
+
+
 def test_precision_tells_runs_apart_where_it_was_asked_for(monkeypatch):
     keys = {}
     for here in (False, True):                                  # on a machine that has bf16 or not
