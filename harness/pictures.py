@@ -232,17 +232,16 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
     """Test accuracy by epoch, one colour a cell, a line a seed, each named at its end."""
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
-    ends = []
-    for label, width in zip(experiment.cells, widths(len(experiment.cells))):
-        cell = tables.select(lines, label)
+    ends, cells = [], {label: tables.select(lines, label) for label in experiment.cells}
+    cells = {label: cell for label, cell in cells.items() if cell}
+    for (label, cell), width in zip(cells.items(), widths(len(cells))):
         for line in cell:
             epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
             axes.plot([e["epoch"] for e in epochs], [100 * e["test_accuracy"] for e in epochs], "o-",
                       markersize=width + 0.5, color=colour(label), linewidth=width)
             last = epochs[-1]["epoch"] if epochs else 0
-        if cell:
-            height = tables.mean_accuracy(cell)
-            ends.append([tables.chance(cell[0]) if height is None else height, last, label])
+        height = tables.mean_accuracy(cell)
+        ends.append([tables.chance(cell[0]) if height is None else height, last, label])
     low = min(tables.chance(line) for line in lines)
     top = max(height for height, *_ in ends)
     places, placed = [], -1e9
