@@ -7,8 +7,7 @@ Write a layer as  a = W x,  and let  δ = ∂loss/∂a  be the error at its outp
 
 A synapse does not know the weight of the synapse that leads the other way, so Wᵀδ is biologically implausible
 (the weight-transport problem). Feedback alignment (Lillicrap et al. 2016) sends the error through a fixed
-random matrix of W's shape instead; with φ the nonlinearity, layer by layer (Boeshertz, Pascanu & Clopath
-2026, Eq. 4):
+random matrix instead; with φ the nonlinearity, layer by layer (Boeshertz, Pascanu & Clopath 2026, Eq. 4):
 
     backprop    δ_l = W_{l+1}ᵀ δ_{l+1} ⊙ φ'(a_l)
     feedback    δ_l = B_{l+1}ᵀ δ_{l+1} ⊙ φ'(a_l)      B drawn like W, then never changed
@@ -47,9 +46,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.nn.parameter import UninitializedParameter
-from torch.utils.hooks import BackwardHook
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
@@ -118,8 +114,7 @@ class Rule:
     def backward(self, layer: Layer, error: Tensor, input_shape: torch.Size) -> Tensor | None:
         """δ at the layer's output -> δ at its input, of input_shape; or None, and nothing below learns.
 
-        Called in every backward pass; autograd records it only under create_graph=True.
-        """
+        Called in every backward pass; autograd records it only under create_graph=True."""
         raise NotImplementedError(f"{type(self).__name__} has no backward(layer, error, input_shape)")
 
     def before_step(self, layer: Layer) -> None:
@@ -189,7 +184,7 @@ class _Cut:
         seen = (input.detach(), output.detach()) if self.rule.needs_input else None
         # What nn.Module.__call__ does for a full backward hook.
         replace = functools.partial(_replace_error, seen=seen, weight=self._parameters.get("weight"))
-        hook = BackwardHook(self, [replace], [])
+        hook = torch.utils.hooks.BackwardHook(self, [replace], [])
         return hook.setup_output_hook(_Tie.apply(*hook.setup_input_hook((input, output))))
 
     def _load_from_state_dict(self: Any, state: dict, prefix: str, *rest: Any) -> None:
@@ -231,23 +226,23 @@ def _replace_error(layer: Layer, grad_input: tuple, grad_output: tuple, seen: tu
     (placeholder, *others), (error,) = grad_input, grad_output
     if error is None:                                   # none came, though autograd may have put zeros for it
         return (None,) * len(grad_input)
-    if layer.rule.needs_targets and layer.rule.targets is None:
-        raise RuleError(f"{type(layer.rule).__name__} needs each batch's targets: set handle.rule.targets")
-    if layer.rule.uses_weight and layer._parameters.get("weight") is not weight:
-        raise RuleError(f"{type(layer.rule).__name__} reads the weight of {layer}, which is not that of the "
-                        "forward pass: torch.func.functional_call has put it back")
+    rule, name = layer.rule, type(layer.rule).__name__
+    if rule.needs_targets and rule.targets is None:
+        raise RuleError(f"{name} needs each batch's targets: set handle.rule.targets")
+    if rule.uses_weight and layer._parameters.get("weight") is not weight:
+        raise RuleError(f"{name} reads the weight of {layer}, which is not that of the forward pass: "
+                        "torch.func.functional_call has put it back")
     if seen is not None:
         layer.input, layer.output = seen
-    sent = layer.rule.backward(layer, error, placeholder.shape)
+    sent = rule.backward(layer, error, placeholder.shape)
     if sent is None:
         return None, *others
     if not (isinstance(sent, Tensor) and (sent.shape, sent.device) == (placeholder.shape, error.device)
             and sent.dtype in (error.dtype, placeholder.dtype)):        # under autocast they may be two
         got = (f"a tensor of shape {tuple(sent.shape)}, {sent.dtype} on {sent.device}"
                if isinstance(sent, Tensor) else f"{sent!r:.80}")
-        raise RuleError(f"{type(layer.rule).__name__}.backward returned {got} for {layer}; expected the "
-                        f"error at its input, shape {tuple(placeholder.shape)}, {error.dtype} on "
-                        f"{error.device}, or None")
+        raise RuleError(f"{name}.backward returned {got} for {layer}; expected the error at its input, "
+                        f"shape {tuple(placeholder.shape)}, {error.dtype} on {error.device}, or None")
     return sent.to(placeholder.dtype), *others
 
 
@@ -278,13 +273,13 @@ def attach(model: nn.Module, rule: Rule, stem: Iterable[str | nn.Module] | None 
     chosen = (layers if only is None else _named(layers, only)).keys() - _named(layers, except_)
     hidden = {name: layer for name, layer in layers.items() if name in chosen - stems.keys()}
     if isinstance(rule, BP):
-        hidden, stems = {}, {}
+        hidden, stems, unknown = {}, {}, {}             # it goes through everything
     for name, layer in hidden.items():
         if hasattr(layer, "rule"):
             raise ValueError(f"layer {name!r} already has a rule ({type(layer.rule).__name__}); remove() its "
                              "handle first")
         check(layer)
-    if unknown and not isinstance(rule, BP):
+    if unknown:
         named = ", ".join(f"{name} ({type(m).__name__})" for name, m in unknown.items())
         warnings.warn(f"{type(rule).__name__} goes through Linear and Conv2d only; exact backprop goes "
                       f"through {named}", stacklevel=2)
@@ -298,18 +293,17 @@ class Attachment:
     def __init__(self, model: nn.Module, rule: Rule, layers: dict[str, Layer], stem: dict[str, Layer]):
         self.rule, self.layers, self.made, self._model, self._stem = rule, layers, {}, model, [*stem]
         self._mode, self._hooks = types.SimpleNamespace(exact=0), []
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.remove)                  # if the rule cannot prepare a layer, all is as before
-            for name, layer in layers.items():
-                layer.crossing = types.SimpleNamespace(name=name, plain=type(layer), mode=self._mode,
-                                                       within=-1, used=_gradient(layer) is not None)
-                before = {*layer._buffers, *layer._parameters}
-                try:
-                    rule.prepare(layer)
-                finally:
-                    self.made[name] = sorted({*layer._buffers, *layer._parameters} - before)
-                layer.rule, layer.__class__ = rule, _cut(layer.crossing.plain)
-            undo.pop_all()
+        for name, layer in layers.items():
+            layer.crossing = types.SimpleNamespace(name=name, plain=type(layer), mode=self._mode, within=-1,
+                                                   used=_gradient(layer) is not None)
+            before = {*layer._buffers, *layer._parameters}
+            try:
+                rule.prepare(layer)
+                layer.__class__, layer.rule = _cut(layer.crossing.plain), rule
+            finally:
+                self.made[name] = sorted({*layer._buffers, *layer._parameters} - before)
+                if not hasattr(layer, "rule"):          # the rule cannot prepare it: all is as before
+                    self.remove()
         for module in model.modules() if layers else ():
             if getattr(module, "inplace", False) is True:
                 module.inplace, module.was_inplace = False, True
@@ -323,20 +317,21 @@ class Attachment:
     def before_step(self) -> None:
         """Call after the backward pass and before the optimiser's step; clip gradients before it, not after.
 
-        Raises HookError if a layer was replaced, its forward changed, or its weight used without calling it.
-        """
+        Raises HookError if a layer or its forward was replaced, or its weight used without calling it."""
         there = dict(self._model.named_modules(remove_duplicate=False))
         for name, layer in self.layers.items():
             gradient = _gradient(layer)
             new = gradient is not None and getattr(gradient, "seen", None) != gradient._version
-            wrong = ("the model has another layer in its place" if there.get(name) is not layer else
-                     "its forward was replaced" if "forward" in vars(layer) or not _is_cut(layer) else
-                     "its weight was used without calling the layer (so name it in except_)"
-                     if new and not layer.crossing.used and gradient.any() else None)
-            if wrong:
-                raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: "
-                                f"{wrong}; attach the rule when the model is complete, and change nothing of "
-                                "its layers until remove()")
+            if there.get(name) is not layer:
+                wrong = "the model has another layer in its place"
+            elif "forward" in vars(layer) or type(layer).forward is not _Cut.forward:
+                wrong = "its forward was replaced"
+            elif new and not layer.crossing.used and gradient.any():
+                wrong = "its weight was used without calling the layer (so name it in except_)"
+            else:
+                continue
+            raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: "
+                            f"{wrong}; attach to the complete model, and change no layer until remove()")
         for layer in self.layers.values():
             self.rule.before_step(layer)
             for seen in ("input", "output"):
@@ -391,11 +386,10 @@ class BP(Rule):
 class DFA(FA):
     """Direct feedback alignment: δ_in = Bᵀe, from the output's error e = ∂loss/∂logits (Nøkland 2016).
 
-    Each layer has a B of shape (classes, all units of its input), drawn as the Linear layer from there to the
-    classes would be, so for the classifier itself DFA and FA coincide. A hidden layer does not use the error
-    that comes in. B takes units × classes of memory, 253 MiB in ResNet-18 for 100 classes. The output is the
-    layer whose error comes first in a backward pass. Expect about what FA reaches. Raises RuleError
-    if an input's first axis is not the batch, or its number of units changes.
+    Each layer has a B of shape (classes, all units of its input), 253 MiB in ResNet-18 for 100 classes, drawn
+    as the Linear layer from there to the classes would be: for the classifier itself DFA is FA. A hidden
+    layer ignores the error that comes in. The output is the layer whose error comes first in a backward pass.
+    Expect about what FA reaches. Raises RuleError if the batch is not the first axis, or the units change.
     """
 
     def prepare(self, layer: Layer) -> None:
@@ -463,13 +457,12 @@ class KolenPollack(FA):
         now = layer.weight.detach(), layer.feedback.detach()
         if not hasattr(layer.crossing, "first"):
             layer.crossing.first = [tensor.clone() for tensor in now]
-        first = layer.crossing.first
-        moved = [not torch.equal(*pair) for pair in zip(now, first)]    # empty once B has been seen to move
+        moved = [not torch.equal(*pair) for pair in zip(now, layer.crossing.first)]
         if moved == [True, False]:
             raise HookError(f"the optimiser has moved the weight of {layer} but not its feedback: make it "
                             "after attach, and give it model.parameters()")
         if any(moved):
-            first.clear()
+            layer.crossing.first = []                   # B has been seen to move, so the optimiser has it
         layer.feedback.grad = None if layer.weight.grad is None else layer.weight.grad.clone()
 
 
@@ -484,8 +477,7 @@ class Frozen(Rule):
         return None
 
 
-RULES: dict[str, type[Rule]] = {"bp": BP, "fa": FA, "dfa": DFA, "sign": SignSymmetry, "kp": KolenPollack,
-                                "frozen": Frozen}
+RULES = {"bp": BP, "fa": FA, "dfa": DFA, "sign": SignSymmetry, "kp": KolenPollack, "frozen": Frozen}
 
 
 # ---- guards ------------------------------------------------------------------------------------------------
@@ -500,11 +492,10 @@ class RuleError(RuntimeError):
 
 def check(layer: Layer) -> None:
     """Raise ValueError if no error can be projected through this layer."""
-    if isinstance(layer.weight, UninitializedParameter):
+    if isinstance(layer.weight, nn.UninitializedParameter):
         raise ValueError(f"{layer} has no weights yet: run the model forward once, then attach")
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        raise ValueError(f"{layer}: feedback goes through zero-padded convolutions only, "
-                         f"not padding_mode={layer.padding_mode!r}")
+        raise ValueError(f"{layer}: feedback needs zero-padding, not padding_mode={layer.padding_mode!r}")
 
 
 def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
@@ -514,7 +505,7 @@ def find(model: nn.Module) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(module is m.out_proj for m in attention):    # attention reads its weight, but never calls it
             continue
-        if isinstance(module, Layer) and (_is_cut(module) or _keeps_forward(module)):
+        if isinstance(module, Layer) and (type(module).forward is _Cut.forward or _keeps_forward(module)):
             layers[name] = module
         elif ((isinstance(module, Layer) or _has_matrix(module))
               and name.partition(".parametrizations.")[0] not in layers):
@@ -530,8 +521,7 @@ def _keeps_forward(layer: Layer) -> bool:
 
 
 def _gradient(layer: Layer) -> Any:
-    weight = layer._parameters.get("weight")            # a computed weight is not in there
-    return None if weight is None else weight.grad
+    return getattr(layer._parameters.get("weight"), "grad", None)       # a computed weight is not in there
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -539,7 +529,7 @@ def _has_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.RMSNorm):
         return False
     torchs = type(module).__module__.startswith("torch.nn")
-    return any(isinstance(p, UninitializedParameter) or
+    return any(isinstance(p, nn.UninitializedParameter) or
                sum(size > 1 for size in p.shape) > 1 and (torchs or len(p) > 1)
                for p in module.parameters(recurse=False))
 
@@ -566,11 +556,10 @@ def _stem_is_first(mode: types.SimpleNamespace, layer: Layer, args: tuple, kwarg
 
 TWICE = (b"the gradient of a layer's weight was differentiated again; a feedback rule cuts the path that "
          b"this needs, so only gradients of inputs have second derivatives")
-UNCOMPILED = ("attach a rule to a model that torch.compile has not seen, and do not compile it: compiled "
-              "code may ignore hooks, and then the rule is silently backprop")
+UNCOMPILED = "compiled code may ignore hooks (silent backprop): attach to an uncompiled model, and keep it so"
 
 
-@_disable_dynamo                    # called, not compiled; torch.compiler.disable would import the compiler
+@torch._compile._disable_dynamo     # called, not compiled; torch.compiler.disable would import the compiler
 def _refuse_to_compile() -> None:
     raise RuntimeError(f"a model with a feedback rule was given to torch.compile: {UNCOMPILED}")
 
@@ -579,10 +568,6 @@ def _refuse_to_compile() -> None:
 def _cut(plain: Any) -> Any:
     """The class of a layer like `plain` that has a rule."""
     return type(plain.__name__, (_Cut, plain), {"__module__": plain.__module__})
-
-
-def _is_cut(layer: Any) -> bool:
-    return getattr(type(layer), "forward", None) is _Cut.forward
 
 
 def _blank(plain: Any) -> nn.Module:

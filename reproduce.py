@@ -158,11 +158,11 @@ EXPERIMENTS = {
         "Beyond the paper: do shortcuts without weights help feedback alignment in a wider and in a deeper "
         "ResNet too?",
         "--dataset cifar100 --subset 10000 --epochs 10 --validate 10000 --muon --norm {}",
-        {f"{label}{kind}": f"--rule {rule} {flag}".strip() for kind, flag in (("", ""), (PAD, "--shortcut pad"))
-         for label, rule in (("backprop", "bp"), ("FA", "fa"))},
+        {"backprop": "--rule bp", f"backprop{PAD}": "--rule bp --shortcut pad",
+         "FA": "--rule fa", f"FA{PAD}": "--rule fa --shortcut pad"},
         {"width 32": "--model resnet18 --width 32", "34 layers": "--model resnet34 --width 16"}, "ResNet",
-        "sweep", scale="ResNet-18 of width 32 and ResNet-34 of width 16, 10,000 training images of CIFAR-100, "
-                       "10,000 others to measure on, 10 epochs, Muon and batch normalisation."),
+        "sweep", scale="ResNet-18 of width 32 and ResNet-34 of width 16, 10,000 training images of "
+                       "CIFAR-100, 10,000 others to measure on, 10 epochs, Muon and batch normalisation."),
     "rules": Experiment(
         "Beyond the paper: the rules of fa.py in one common setting, with both repairs.",
         f"{CNN} --muon --norm",
