@@ -115,7 +115,7 @@ EXPERIMENTS = {
         "--model resnet18 --width 16 --subset 10000 --epochs 10 --rule fa --muon --norm",
         {f"{name}, {precision}": f"--dataset {images} {flag}"
          for name, images in (("CIFAR-10", "cifar10"), ("CIFAR-100", "cifar100 --muon-lr 0.03"))
-         for precision, flag in (("float32", "--no-amp"), ("bf16", "--amp"))}, seeds=3,
+         for precision, flag in (("float32", "--no-amp"), ("bf16", "--amp"))}, view="bars", seeds=3,
         scale="FA + Muon + norm, ResNet-18 of width 16, " + SMALL.format("each")),
     "improve": Experiment(
         "Beyond the paper: what lifts feedback alignment further, with both repairs and shortcuts without "
