@@ -67,17 +67,15 @@ def check(claims: Claims, folder: Path) -> int:
 def overview(claims: Claims, folder: Path) -> str:
     """Each experiment with its claim, its number of runs, and the hours that results here say they take."""
     parts: list[str] = []
-    machines: dict[str, None] = {}
     for name, experiment in claims.experiments.items():
         lines = experiments.results(experiment, folder / f"{name}.jsonl")
-        machines.update(dict.fromkeys(line["device"] for line in lines if "device" in line))
+        machines = dict.fromkeys(line["device"] for line in lines if "device" in line)
         runs = len(experiment.cells) * len(experiment.columns) * experiment.seeds
         hours = sum(line["seconds"] for line in lines) / max(1, len(lines)) * runs / 3600
-        took = f"{hours:.2f} hours" if lines else "not measured yet"
+        took = f"{hours:.2f} hours on {' and '.join(machines)}" if lines else "not measured yet"
         text = f"{experiment.claim} {experiment.scale}"
         parts += [f"{name}: {runs} runs, {took}", textwrap.indent(textwrap.fill(text, 90), "    ")]
-    where = ", ".join(machines) or "no runs"
-    return "\n".join(parts) + f"\n\nHours: of one run after another, by {folder.name}/ ({where})."
+    return "\n".join(parts) + f"\n\nHours: of one run after another, by {folder.name}/."
 
 
 # ---- command line ------------------------------------------------------------------------------------------
