@@ -176,7 +176,7 @@ def test_the_list_names_claim_runs_and_hours(tiny, monkeypatch, capsys):
     counted(monkeypatch, seconds=900.0)
     assert reproduce.main(["tiny", "--seeds", "1"]) == 0
     capsys.readouterr()
-    assert said().startswith("tiny: 6 runs, 1.50 hours on a CPU\n")      # 2 of the 6 took a quarter of an hour each
+    assert said().startswith("tiny: 6 runs, 1.50 hours on a CPU\n")  # 2 of the 6: a quarter of an hour each
 
 
 def test_wrong_input_is_one_line_and_status_2(tiny, capsys):
