@@ -556,7 +556,7 @@ def _stem_is_first(mode: types.SimpleNamespace, layer: Layer, args: tuple, kwarg
 
 TWICE = (b"the gradient of a layer's weight was differentiated again; a feedback rule cuts the path that "
          b"this needs, so only gradients of inputs have second derivatives")
-UNCOMPILED = "compiled code may ignore hooks (silent backprop): attach to an uncompiled model, and keep it so"
+UNCOMPILED = "compiled code may ignore hooks (silent backprop); attach to an uncompiled model, and keep it so"
 
 
 @torch._compile._disable_dynamo     # called, not compiled; torch.compiler.disable would import the compiler

@@ -69,7 +69,7 @@ def overview(claims: Claims, folder: Path) -> str:
     parts: list[str] = []
     for name, experiment in claims.experiments.items():
         lines = experiments.results(experiment, folder / f"{name}.jsonl")
-        machines = dict.fromkeys(line["device"] for line in lines if "device" in line)
+        machines = dict.fromkeys(line["device"] for line in lines)
         runs = len(experiment.cells) * len(experiment.columns) * experiment.seeds
         hours = sum(line["seconds"] for line in lines) / max(1, len(lines)) * runs / 3600
         took = f"{hours:.2f} hours on {' and '.join(machines)}" if lines else "not measured yet"

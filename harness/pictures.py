@@ -232,9 +232,9 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
     """Test accuracy by epoch, one colour a cell, a line a seed, each named at its end."""
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
-    ends, cells = [], {label: tables.select(lines, label) for label in experiment.cells}
-    cells = {label: cell for label, cell in cells.items() if cell}
-    for (label, cell), width in zip(cells.items(), widths(len(cells))):
+    ends, there = [], [label for label in experiment.cells if tables.select(lines, label)]
+    for label, width in zip(there, widths(len(there))):
+        cell = tables.select(lines, label)
         for line in cell:
             epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
             axes.plot([e["epoch"] for e in epochs], [100 * e["test_accuracy"] for e in epochs], "o-",
