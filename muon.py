@@ -131,18 +131,19 @@ class Muon(torch.optim.Optimizer):
                 continue
             updates = self._momentum(params, group)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            orthogonal = self.orthogonalise([U.flatten(1) for U in updates], group)
+            orthogonal = self.orthogonalise([U.to(group["dtype"]).flatten(1) for U in updates], group)
             for indices in _alike(orthogonal):
                 out, fan_in = orthogonal[indices[0]].shape
-                steps = [orthogonal[i].to(params[i].dtype).view(params[i].shape) for i in indices]
+                steps = [orthogonal[i].view(params[i].shape) for i in indices]
                 alpha = -group["lr"] * math.sqrt(max(1, out / fan_in))
-                if isinstance(alpha, Tensor):
+                if isinstance(alpha, Tensor):           # a bf16 step times it would be rounded to bf16
+                    steps = [step.to(params[i].dtype) for step, i in zip(steps, indices)]
                     steps, alpha = torch._foreach_mul(steps, alpha), 1
                 torch._foreach_add_([params[i] for i in indices], steps, alpha=alpha)
         return loss
 
     def orthogonalise(self, updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """U -> O for each matrix (out, in·kh·kw). A subclass may know another way."""
+        """U -> O for each matrix (out, in·kh·kw), in the iteration's dtype. A subclass may do it otherwise."""
         orthogonal = list(updates)
         for indices in _alike(updates):
             stack = [updates[i] for i in indices]

@@ -203,7 +203,7 @@ class Muon(muon.Muon):
                 mine.append(i)
         mine.sort()
         done = dict(zip(mine, super().orthogonalise([updates[i] for i in mine], group)))
-        every = [done[i].to(U) if i in done else torch.zeros_like(U) for i, U in enumerate(updates)]
+        every = [done[i] if i in done else torch.zeros_like(U) for i, U in enumerate(updates)]
         flat = torch.cat([result.flatten() for result in every])
         dist.all_reduce(flat)                           # what another process did is zero here
         parts = flat.split([U.numel() for U in updates])

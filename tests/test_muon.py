@@ -49,6 +49,15 @@ def test_a_step_is_that_of_torchs_muon_on_the_flattened_matrices(kwargs, device)
     assert ours[7].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_learning_rate_in_a_tensor_is_that_number(device):
+    by_number, by_tensor = parameters(SHAPES, device), parameters(SHAPES, device)
+    give_gradients(by_number, by_tensor)
+    muon.Muon(by_number, 0.1).step()
+    muon.Muon(by_tensor, torch.tensor(0.1, device=device)).step()
+    for p, q in zip(by_number, by_tensor):
+        assert (p - q).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("shape", [(32, 128), (3, 20, 50), (2, 2, 50, 20)], ids=str)
 def test_newton_schulz_keeps_singular_vectors_and_levels_singular_values(shape):
     torch.manual_seed(0)
