@@ -264,13 +264,14 @@ def convolution_rows(device: torch.device, width: int, batch: int, rounds: int, 
 
 def muon_rows(device: torch.device, width: int, rounds: int) -> list[dict]:
     hidden, _ = muon.split(resnet(width).to(device))
-    flat = [nn.Parameter(p.detach().flatten(1).clone()) for p in hidden]
-    for p, q in zip(hidden, flat):
+    flat, same = [[nn.Parameter(p.detach().flatten(1).clone()) for p in hidden] for _ in range(2)]
+    for p, q, r in zip(hidden, flat, same):
         p.grad = torch.randn_like(p)
-        q.grad = p.grad.flatten(1).clone()
-    ours = muon.Muon(hidden, 1e-6, weight_decay=0.01)
-    theirs = torch.optim.Muon(flat, 1e-6, weight_decay=0.01)
-    rows = {"torch.optim.Muon, flattened weights": theirs.step, "ours": ours.step}
+        q.grad = r.grad = p.grad.flatten(1).clone()             # neither writes to it
+    settings = dict(lr=1e-6, weight_decay=0.01)
+    rows = {"torch.optim.Muon, flattened weights": torch.optim.Muon(flat, **settings).step,
+            "ours, flattened weights": muon.Muon(same, **settings).step,
+            "ours": muon.Muon(hidden, **settings).step}
     result = rows_of(f"Muon step, the {len(hidden)} hidden matrices of ResNet-18, width {width}",
                      in_turns(device, rows, rounds))
     for row, call in zip(result, rows.values()):
