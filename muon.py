@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def orthogonalise(self, updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """U -> O for each matrix (out, in·kh·kw), in the iteration's dtype. A subclass may do it otherwise."""
+        """U -> O for each matrix (out, in·kh·kw), in the iteration's dtype. A subclass may do otherwise."""
         orthogonal = list(updates)
         for indices in _alike(updates):
             stack = [updates[i] for i in indices]
