@@ -105,6 +105,14 @@ EXPERIMENTS = {
         {k: f"{v} {TUNED[k].split()[0]} {{}}" for k, v in ALL.items()},
         {lr: lr for lr in ("0.001", "0.003", "0.01", "0.03", "0.1")},
         "learning rate, of Muon where there is Muon", "sweep", scale=HELD_OUT + "5 epochs."),
+    "tune-half": Experiment(
+        "No claim: are the learning rates of `tune` right at the width of `cifar100-half`, too?",
+        "--dataset cifar100 --model resnet18 --width 32 --subset 10000 --epochs 5 --validate 10000",
+        {k: v.replace(TUNED[k.removesuffix(PAD)].split()[1], "{}") for k, v in WIDER.items()
+         if k in ("FA + norm", "FA + Muon + norm", BEST, "backprop + Muon + norm")},
+        {lr: lr for lr in ("0.01", "0.03", "0.1", "0.3")},
+        "learning rate, of Muon where there is Muon", "sweep",
+        scale=HELD_OUT.replace("width 16", "width 32") + "5 epochs."),
     "cifar100-small": Experiment(
         "The paper's headline table at a small scale, with the learning rates that `tune` found best.",
         f"{RESNET} --epochs 10",
