@@ -122,11 +122,12 @@ BEYOND = " + Muon + norm, no weights in shortcuts"
 SHOWN = HEADLINE | {f"{rule}{BEYOND}" for rule in ("backprop", "FA")}
 
 
-def headline(experiment, lines: list[dict], full, whole: list[dict]) -> str:
+def headline(experiment, lines: list[dict], full, whole: list[dict], remark: str = "") -> str:
     """The paper's table beside ours, by repair, and what goes beyond it.
 
     full    the experiment at the paper's scale
     whole   its results so far
+    remark  what else a reader has to know of `lines`
     """
     lines, whole = ([line for line in each if line["label"] in SHOWN] for each in (lines, whole))
     scales = [lines, whole] if experiment is not full and whole else [lines]
@@ -137,7 +138,7 @@ def headline(experiment, lines: list[dict], full, whole: list[dict]) -> str:
         ours += [accuracy(select(at_scale, f"FA{repair}")) for at_scale in scales]
         rows.append([repair[3:] or "neither", *ours, full.paper.get(f"FA{repair}", "–")])
     note = (f"{experiment.scale} {seeds(lines)}; frozen features reach "
-            f"{accuracy(select(lines, 'frozen features'))}.")
+            f"{accuracy(select(lines, 'frozen features'))}.{remark}")
     if len(scales) > 1:
         devices = ", ".join(dict.fromkeys(line["device"] for line in whole))
         note += f" Full scale: {full.scale.rstrip('.')}, on {devices}. {seeds(whole)}."
