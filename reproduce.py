@@ -30,6 +30,7 @@ ALL = {"backprop": "--rule bp", "backprop + Muon": "--rule bp --muon", "backprop
 TUNED = {"backprop": "--lr 0.03", "backprop + Muon": "--muon-lr 0.01", "backprop + norm": "--lr 0.03",
          "backprop + Muon + norm": "--muon-lr 0.03", "FA": "--lr 0.01", "FA + Muon": "--muon-lr 0.003",
          "FA + norm": "--lr 0.1", "FA + Muon + norm": "--muon-lr 0.03"}
+GRID = {k: f"{v} {TUNED[k].split()[0]} {{}}" for k, v in ALL.items()}      # each row's flag, for any rate
 SHORTCUTS_ONLY = "assignments/examples/shortcuts_only.py:ShortcutsOnly"
 FIRST_FIXED = "assignments/examples/first_fixed.py:FirstFixed"
 PAD, FIXED, DECAY = ", no weights in shortcuts", ", first convolutions fixed", ", Muon decay 0.05"
@@ -102,14 +103,13 @@ EXPERIMENTS = {
     "tune": Experiment(
         "No claim: one grid of learning rates for every row of `cifar100-small`, on held-out images.",
         f"{RESNET} --epochs 5 --validate 10000",
-        {k: f"{v} {TUNED[k].split()[0]} {{}}" for k, v in ALL.items()},
-        {lr: lr for lr in ("0.001", "0.003", "0.01", "0.03", "0.1")},
+        GRID, {lr: lr for lr in ("0.001", "0.003", "0.01", "0.03", "0.1")},
         "learning rate, of Muon where there is Muon", "sweep", scale=HELD_OUT + "5 epochs."),
     "tune-half": Experiment(
         "No claim: are the learning rates of `tune` right at the width of `cifar100-half`, too?",
-        "--dataset cifar100 --model resnet18 --width 32 --subset 10000 --epochs 5 --validate 10000",
-        {k: v.replace(TUNED[k.removesuffix(PAD)].split()[1], "{}") for k, v in WIDER.items()
-         if k in ("FA + norm", "FA + Muon + norm", BEST, "backprop + Muon + norm")},
+        f"{RESNET} --epochs 5 --validate 10000".replace("width 16", "width 32"),
+        {k: GRID[k] for k in ("FA + Muon + norm", "backprop + Muon + norm", "FA + norm")} |
+        {BEST: f"{GRID['FA + Muon + norm']} --shortcut pad"},
         {lr: lr for lr in ("0.01", "0.03", "0.1", "0.3")},
         "learning rate, of Muon where there is Muon", "sweep",
         scale=HELD_OUT.replace("width 16", "width 32") + "5 epochs."),

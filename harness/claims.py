@@ -36,9 +36,8 @@ def contents(claims: Claims, folder: Path) -> dict[str, str]:
         experiment, lines = claims.experiments[name], found.get(name, [])
         if {line["label"] for line in lines} >= experiment.cells.keys() & tables.HEADLINE:
             full = claims.headline[0]
-            remark = experiments.noted("", [line for line in lines if line["label"] in tables.SHOWN], gap=" ")
-            content["headline"] = tables.headline(
-                experiment, lines, claims.experiments[full], found.get(full, []), remark)
+            content["headline"] = tables.headline(experiment, lines, claims.experiments[full],
+                                                  found.get(full, []), partial(experiments.noted, gap=" "))
             break
     return content
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Callable
 
 RULES = {"bp": "backprop", "fa": "FA", "dfa": "DFA", "sign": "sign-symmetry", "kp": "Kolen–Pollack",
          "frozen": "frozen features"}
@@ -122,12 +123,13 @@ BEYOND = " + Muon + norm, no weights in shortcuts"
 SHOWN = HEADLINE | {f"{rule}{BEYOND}" for rule in ("backprop", "FA")}
 
 
-def headline(experiment, lines: list[dict], full, whole: list[dict], remark: str = "") -> str:
+def headline(experiment, lines: list[dict], full, whole: list[dict],
+             noted: Callable[[str, list[dict]], str] = lambda text, lines: text) -> str:
     """The paper's table beside ours, by repair, and what goes beyond it.
 
     full    the experiment at the paper's scale
     whole   its results so far
-    remark  what else a reader has to know of `lines`
+    noted   adds to a text what else a reader has to know of the lines that are shown
     """
     lines, whole = ([line for line in each if line["label"] in SHOWN] for each in (lines, whole))
     scales = [lines, whole] if experiment is not full and whole else [lines]
@@ -137,8 +139,8 @@ def headline(experiment, lines: list[dict], full, whole: list[dict], remark: str
         ours = [accuracy(select(lines, f"backprop{repair}"))]
         ours += [accuracy(select(at_scale, f"FA{repair}")) for at_scale in scales]
         rows.append([repair[3:] or "neither", *ours, full.paper.get(f"FA{repair}", "–")])
-    note = (f"{experiment.scale} {seeds(lines)}; frozen features reach "
-            f"{accuracy(select(lines, 'frozen features'))}.{remark}")
+    note = noted(f"{experiment.scale} {seeds(lines)}; frozen features reach "
+                 f"{accuracy(select(lines, 'frozen features'))}.", lines)
     if len(scales) > 1:
         devices = ", ".join(dict.fromkeys(line["device"] for line in whole))
         note += f" Full scale: {full.scale.rstrip('.')}, on {devices}. {seeds(whole)}."

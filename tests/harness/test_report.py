@@ -136,12 +136,13 @@ def test_the_headline_has_what_was_measured_at_full_scale_beside_a_smaller_one()
     lines = [line("FA", 0.03), line("backprop", 0.5), line(reproduce.BEST, 0.1), line("other", 0.1),
              line("other", 0.1, seed=1)]
     whole = [line(reproduce.BEST, 0.4) | {"device": "a card"}]
-    text = tables.headline(full._replace(scale="A part."), lines, full, whole, " In bf16.")
+    text = tables.headline(full._replace(scale="A part."), lines, full, whole,
+                           lambda text, shown: f"{text} {len(shown)} lines.")
     assert cells(text)[0][3:] == ["FA at full scale", "FA at full scale, the paper"]
     assert cells(text)[2] == ["neither", "50.0", "3.0", "not measured", "1.4"]
     assert cells(text)[6] == [f"Muon + norm{reproduce.PAD}", "not measured", "10.0", "40.0", "–"]
     assert "A part. One seed; frozen" in text
-    assert " In bf16. Full scale: All of it, on a card. One seed." in text      # it speaks of the part
+    assert " 3 lines. Full scale: All of it, on a card. One seed." in text      # of the part
     text = tables.headline(full._replace(scale="A part."), lines, full, [line("other", 0.1)])
     assert "has not been measured" in text                      # of other rows the table has none
 
