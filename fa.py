@@ -327,7 +327,7 @@ class Attachment:
             elif "forward" in vars(layer) or type(layer).forward is not _Cut.forward:
                 wrong = "its forward was replaced"
             elif new and not layer.crossing.used and gradient.any():
-                wrong = "its weight was used without calling the layer (so name it in except_)"
+                wrong = "its weight was used in exact(), or without calling the layer (name it in except_)"
             else:
                 continue
             raise HookError(f"{type(self.rule).__name__} did not carry the error through layer {name!r}: "
@@ -343,7 +343,8 @@ class Attachment:
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Within this context the model is plain backprop, other handles' layers too. For measurements."""
+        """Within this context the model that was attached to is plain backprop, whichever handle its layers
+        belong to; what lies outside of it keeps its rule. For measurements."""
         modes = [module.crossing.mode for module in self._model.modules() if hasattr(module, "crossing")]
         for mode in modes:
             mode.exact += 1                             # contexts that are open, times layers
@@ -417,7 +418,7 @@ class DFA(FA):
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
                             f"{tuple(layer.feedback.shape)}; the output's error {tuple(self._error.shape)}; "
                             "expected the batch on the first axis, and always the same units")
-        return (self._error @ layer.feedback.to(error.dtype)).reshape(input_shape)
+        return (self._error.to(error.dtype) @ layer.feedback.to(error.dtype)).reshape(input_shape)
 
 
 class SignSymmetry(FA):
@@ -442,8 +443,9 @@ class KolenPollack(FA):
     to 0. Expect FA in the beginning, backprop after some 1/(ηλ) steps (momentum μ: (1 - μ)/(ηλ)), and
     much sooner where the common updates outgrow the first weights, as Muon's do.
 
-    B is a parameter: attach before the optimiser is made, and give it the same one as W. Raises ValueError
-    for a computed weight (weight_norm), and HookError when an optimiser has moved W but not B.
+    B is a parameter: attach before the optimiser is made, and give it the same one as W. No error reaches it,
+    so DistributedDataParallel needs find_unused_parameters=True. Raises ValueError for a computed weight
+    (weight_norm), and HookError when an optimiser has moved W but not B.
     """
 
     learns = True

@@ -81,7 +81,7 @@ class MLP(nn.Module):
             self.layers.append(_layer(nn.Linear(inputs, width, bias=norm is None), init))
             self.norms.append(normalisation.make(norm, width))
             inputs = width
-        self.classifier = nn.Linear(width, classes)
+        self.classifier = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)                                                # (N, C·H·W)

@@ -68,8 +68,8 @@ def newton_schulz(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)           # σ₁ ≤ ‖X‖_F = 1: p's basin
     for _ in range(steps):
         A = X @ X.mT
-        P = multiply_add(A, A, A, beta=b, alpha=c)                      # b A + c A²
-        X = multiply_add(X, P, X, beta=a)                               # a X + (b A + c A²) X
+        B = multiply_add(A, A, A, beta=b, alpha=c)                      # b A + c A²
+        X = multiply_add(X, B, X, beta=a)                               # a X + (b A + c A²) X
     if tall:
         X = X.mT
     return X.reshape(matrices.shape)
@@ -184,21 +184,22 @@ def split(model: nn.Module, stem: Layers | None = None,
     model registered: the order of the assignments in its __init__, which need not be that of its forward.
     Where it is not, name them, by layer or by name, one or several. A weight that two layers share is listed
     once, and not at all if one of them is the stem or the classifier. A second parameter of the weight's
-    shape, such as feedback that learns (fa.py), goes where the weight goes.
+    shape, such as feedback that learns (fa.py), goes where the weight goes; what a computed weight
+    (torch.nn.utils.parametrizations) is computed from goes to the others.
 
     Raises ValueError for a stem or classifier that is no Linear or Conv2d of the model.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    ends = [*_chosen(layers, stem, first=0), *_chosen(layers, classifier, first=-1)]
+    every = list(layers.values())
+    ends = [*(every[:1] if stem is None else _chosen(layers, stem)),
+            *(every[-1:] if classifier is None else _chosen(layers, classifier))]
     apart = {id(p) for layer in ends for p in layer.parameters(recurse=False)}
     hidden = {id(p): p for layer in layers.values() for p in layer.parameters(recurse=False)
               if p.requires_grad and p.shape == layer.weight.shape and id(p) not in apart}
     return list(hidden.values()), [p for p in model.parameters() if p.requires_grad and id(p) not in hidden]
 
 
-def _chosen(layers: dict[str, nn.Module], chosen: Layers | None, first: int) -> list[nn.Module]:
-    if chosen is None:
-        return list(layers.values())[first:][:1]
+def _chosen(layers: dict[str, nn.Module], chosen: Layers) -> list[nn.Module]:
     several = isinstance(chosen, Iterable) and not isinstance(chosen, str | nn.Module)
     named = list(chosen) if several else [chosen]
     found = [layers.get(c) if isinstance(c, str) else c for c in named]

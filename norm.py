@@ -164,7 +164,7 @@ class Whitening(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):      # a covariance in bf16 is mostly rounding
-            wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+            wide = x.to(torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32))
             rows = wide.movedim(1, 0).reshape(-1, self.group, x.numel() // x.shape[1])      # (C/g, g, N·H·W)
             mean, covariance = self._statistics(rows)
             diagonal = self.eps * torch.eye(self.group, dtype=rows.dtype, device=rows.device)

@@ -23,7 +23,7 @@ The singular values come from a Gram matrix of the smaller side in float64 (σ²
 4608 that is several times faster than an SVD, and float64 makes up for the squaring.
 
 That feedback alignment has updates of low rank and a low accuracy does not show that the one causes the
-other. An intervention can. Write the update that an optimiser is about to apply as  ΔW = Σ_i σ_i p_i q_iᵀ.
+other. An intervention can. Write the update that an optimiser is about to apply as  ΔW = Σ_i σ_i u_i v_iᵀ.
 Each of two changes alters its singular values, but neither its singular vectors nor its norm √Σσ²:
 
     cut        σ_i ← c σ_i  for i ≤ r,  0 for i > r     low rank forced upon backprop: is it hurt?
@@ -46,7 +46,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -120,16 +120,20 @@ def alignment(handle: Any, loss: Callable[[], Tensor]) -> dict[str, float]:
     loss    () -> scalar: the forward pass and the loss, run twice with the same random numbers. For a rule
             that needs targets, set handle.rule.targets in it: before_step has cleared them
 
-    NaN where one of the gradients is zero. No .grad changes, but batch norm's running averages see both
-    passes; put the model into eval() where that matters.
+    Call it after before_step, with the handle of the whole model, as exact() reaches no further. NaN where
+    one of the gradients is zero; a weight that requires none is left out. No .grad changes, but batch norm's
+    running averages see both passes; put the model into eval() where that matters.
     """
-    weights = {name: layer.weight for name, layer in handle.layers.items()}
-    found, gpus = [], {w.device for w in weights.values() if w.is_cuda}
+    found, gpus = [], {p.device for layer in handle.layers.values() for p in layer.parameters() if p.is_cuda}
     for way in contextlib.nullcontext, handle.exact:
-        with torch.random.fork_rng([*gpus]), way():
-            found.append(torch.autograd.grad(loss(), [*weights.values()], allow_unused=True,
-                                             materialize_grads=True))
-    return {name: angle(*pair) for name, *pair in zip(weights, *found)}
+        # Cached, as a computed weight (weight_norm) would be another tensor each time one looks at it.
+        with torch.enable_grad(), torch.random.fork_rng([*gpus]), way(), nn.utils.parametrize.cached():
+            value = loss()
+            weights = {name: layer.weight for name, layer in handle.layers.items()
+                       if layer.weight.requires_grad}
+            found.append(weights and torch.autograd.grad(value, [*weights.values()], allow_unused=True,
+                                                         materialize_grads=True))
+    return {name: angle(a, b) for name, a, b in zip(weights, *found)}
 
 
 def mean_cosine(rows: Tensor) -> float:
@@ -137,7 +141,7 @@ def mean_cosine(rows: Tensor) -> float:
 
     Zero rows count 0.
     """
-    unit = F.normalize(rows.detach().double(), dim=1)
+    unit = F.normalize(rows.detach().double(), dim=1, eps=1e-300)
     n = len(rows)
     cosines = (unit @ unit.mT).abs()
     return ((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1))).item()
@@ -163,13 +167,13 @@ def flatten(update: Tensor) -> Tensor:
 
 
 def reshape(update: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """P Σ Qᵀ -> c P change(Σ) Qᵀ, where c keeps the Frobenius norm. What is zero or not finite stays."""
+    """U diag(σ) Vᵀ -> c U diag(change(σ)) Vᵀ; c keeps the norm. What is zero or not finite stays."""
     norm = update.norm()
     if norm == 0 or not norm.isfinite():
         return update
-    P, sigma, Qt = torch.linalg.svd(update, full_matrices=False)
+    U, sigma, Vt = torch.linalg.svd(update, full_matrices=False)
     sigma = change(sigma)
-    return P * (sigma * (norm / sigma.norm())) @ Qt
+    return U * (sigma * (norm / sigma.norm())) @ Vt
 
 
 @contextlib.contextmanager

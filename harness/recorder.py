@@ -26,13 +26,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """A place to run the model in float32 (no autocast, no TF32) and leave no trace behind."""
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers()]
-    modes = [(m, m.training) for m in model.modules()]
+    kept = "training", "input", "output"                # the last two: what a rule with needs_input has seen
+    attributes = [(vars(m), {key: vars(m)[key] for key in kept if key in vars(m)}) for m in model.modules()]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = next(model.parameters()).device
     try:
         with (torch.random.fork_rng([device] if device.type == "cuda" else []),
-              torch.autocast(device.type, enabled=False), torch.enable_grad()):
+              torch.autocast(device.type, enabled=False), torch.enable_grad(),
+              nn.utils.parametrize.cached()):           # a computed weight is one tensor in here
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
@@ -41,8 +43,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
         for p, gradient in gradients:
             p.grad = gradient
-        for module, training in modes:
-            module.training = training
+        for module, before in attributes:
+            for key in kept:
+                module.pop(key, None)
+            module.update(before)
 
 
 class Recorder:
@@ -144,8 +148,9 @@ class Recorder:
         calls: dict[str, tuple[Tensor, Tensor]] = {}
         branches: dict[str, tuple[Tensor, Tensor]] = {}         # a block's input, and the branch's copy of it
 
-        def remember(name: str, layer: nn.Module, args: tuple, named: dict, output: Tensor) -> None:
+        def remember(name: str, layer: nn.Module, args: tuple, named: dict, output: Tensor) -> Tensor:
             calls[name] = ((*args, *named.values())[0].detach(), output)
+            return output.clone()                       # an activation may write into it
 
         def enter(name: str, layer: nn.Module, args: tuple) -> Tensor:
             branches[name] = args[0], args[0].view_as(args[0])

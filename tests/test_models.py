@@ -62,6 +62,12 @@ def test_any_image_goes_through_every_layer_from_the_stem_to_the_classifier(name
         assert first.weight.shape[1] in (channels, channels * size ** 2) and last.weight.shape[0] == 13
 
 
+def test_no_hidden_layer_leaves_a_linear_classifier():
+    for make in models.mlp, models.cnn:
+        model = make(depth=0, size=8)
+        assert len(layers(model)) == 1 and model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+
+
 def test_layers_are_spread_evenly_over_the_stages_of_the_cnn():
     strides = {1: [1], 2: [1, 4], 3: [1, 2, 2], 6: [1, 1, 2, 2, 1, 2], 12: [1, 1, 1] + 3 * [2, 1, 1]}
     for depth, expected in strides.items():

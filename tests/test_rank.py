@@ -1,5 +1,6 @@
 """rank.py: the measures are their formulas on the singular values of an SVD; cutting and flattening change
 the singular values of any optimiser's update and nothing else; angles are those of the gradients."""
+import copy
 import math
 
 import pytest
@@ -133,6 +134,22 @@ def test_alignment_is_the_angle_between_both_gradients_in_one_call():
     assert all(p.grad is None for p in model.parameters())
 
 
+@torch.no_grad()                                        # as in a function that evaluates
+def test_alignment_knows_computed_weights_and_leaves_out_frozen_ones():
+    torch.manual_seed(0)
+    plain, x = models.mlp(3, None, 8, size=4, depth=3), torch.randn(6, 48)
+    computed, angles = copy.deepcopy(plain), []
+    for layer in computed.layers:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    for model in plain, computed:
+        model.layers[2].requires_grad_(False)
+        handle = fa.attach(model, fa.FA(seed=0))
+        angles.append(rank.alignment(handle, lambda model=model: model(x).square().mean()))
+    assert angles[1] == pytest.approx(angles[0]) and 45 < angles[0]["layers.1"] < 135
+    assert angles[0].keys() == {"layers.1", "classifier"}
+    assert rank.alignment(fa.attach(models.mlp(3, size=4), fa.BP()), lambda: 0) == {}
+
+
 def test_angles_and_the_mean_cosine_by_hand():
     a = torch.tensor([[1.0, 0.0]])
     assert rank.angle(a, torch.tensor([[0.0, 2.0]])) == pytest.approx(90)
@@ -142,4 +159,4 @@ def test_angles_and_the_mean_cosine_by_hand():
     with pytest.raises(ValueError, match="no angle"):
         rank.angle(a, torch.ones(2))
     rows = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0]])
-    assert rank.mean_cosine(rows) == pytest.approx((1 + 0 + 0) / 3)
+    assert rank.mean_cosine(rows) == rank.mean_cosine(1e-20 * rows) == pytest.approx((1 + 0 + 0) / 3)

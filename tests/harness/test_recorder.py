@@ -74,13 +74,35 @@ def test_the_recorder_leaves_no_trace():
     state = {k: v.clone() for k, v in model.state_dict().items()}
     gradients = [(p.grad, p.grad.clone()) for p in model.parameters()]
     modes, generator = [m.training for m in model.modules()], torch.get_rng_state()
+    handle.rule.needs_input, model.layers[1].input = True, "the training's"
     hooks = [len(m._forward_hooks) for m in model.modules()]
     recorder.Recorder(model, handle, x, labels).measure()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is g and torch.equal(g, copy) for p, (g, copy) in zip(model.parameters(), gradients))
     assert modes == [m.training for m in model.modules()] and torch.equal(generator, torch.get_rng_state())
     assert hooks == [len(m._forward_hooks) for m in model.modules()]
-    assert handle.rule.targets == "the training's"
+    assert handle.rule.targets == model.layers[1].input == "the training's"
+    assert "output" not in vars(model.layers[1]) and "input" not in vars(model.layers[2])
+
+
+def test_activations_in_place_and_computed_weights_change_nothing():
+    records = []
+    for change in "none", "in place", "weight_norm":
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=change == "in place"), nn.Flatten(),
+                              nn.Linear(4 * 36, 8), nn.ReLU(inplace=change == "in place"), nn.Linear(8, 5))
+        x, labels = torch.randn(20, 3, 8, 8), torch.arange(20) % 5
+        if change == "weight_norm":
+            nn.utils.parametrizations.weight_norm(model[3])
+        records.append([recorder.Recorder(model, fa.attach(model, rule), x, labels).measure()
+                        for rule in (fa.BP(), fa.FA(seed=0))])
+    for kind in "error", "gradient":
+        for record in records[1:]:
+            for mine, first in zip(record, records[0]):
+                assert {name: line[kind]["effective_rank"] for name, line in mine.items()} == pytest.approx(
+                    {name: line[kind]["effective_rank"] for name, line in first.items()}, rel=1e-4)
+    angles = [record[1]["3"]["angle_gradient"] for record in records]
+    assert angles == pytest.approx([angles[0]] * 3, abs=0.1)
 
 
 @pytest.mark.parametrize("shortcut", ["conv", "none"])
