@@ -1,7 +1,7 @@
 """Draws the pictures of runs and of experiments, and saves what the lessons draw.
 
-One colour stands for one thing in every picture: `colour(label)`. No curve can hide another: where two
-coincide, the later one is thinner, and the earlier one shows as its rim.
+In curves one colour stands for one thing in every picture: `colour(label)`. No curve can hide another:
+where two coincide, the later one is thinner, and the earlier one shows as its rim.
 """
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ COLOURS = {"backprop": "#888888", "backprop + Muon": "#CC79A7", "backprop + norm
            "backprop + Muon + norm, no weights in shortcuts": "#66BB44",
            "FA + Muon + norm, no weights in shortcuts, first convolutions fixed": "#884422",
            "DFA": "#882255", "sign-symmetry": "#44AA99", "Kolen–Pollack": "#332288",
-           "FA + Muon + norm, no weights in shortcuts, Muon decay 0.05": "#CC6677",
-           "Muon decay 0.05": "#6699CC", "B × 3": "#AA4499", "orthogonal B": "#117733"}
+           "FA + Muon + norm, no weights in shortcuts, Muon decay 0.05": "#CC6677", "B × 3": "#AA4499"}
 OTHERS = ("#7F5539", "#BB5566", "#004488", "#997700", "#AA3377", "#5A7D2A", "#6C4AB6")      # what a user adds
 
 
@@ -327,7 +326,8 @@ def bars(ax, labels: list[str], lines: list[dict], shades: dict[str, str]) -> No
 def draw_bars(path: Path, experiment, lines: list[dict]) -> None:
     there = [label for label in experiment.cells if tables.select(lines, label)]
     figure, axes = figure_of(1, 1, size=(7.5, 1.5 + 0.4 * len(there)))
-    bars(axes[0, 0], there, lines, dict(zip(there, colours(there))))
+    kinds = ["backprop" if label.startswith("backprop") else "FA + Muon + norm" for label in there]
+    bars(axes[0, 0], there, lines, dict(zip(there, map(colour, kinds))))
     axes[0, 0].margins(x=0.15)
     axes[0, 0].set_xlabel(f"{tables.measured(lines)} accuracy (%)", fontsize=12)
     save(figure, path)
@@ -348,8 +348,9 @@ def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
         for label, width in zip(labels, widths(len(labels))):
             cell, shade = tables.select(lines, label), shades[label.partition(": ")[2]]
             for ax, what in zip(others, tables.WAYS):
-                seeds = [[nan(value) for value in tables.by_block(line, *what)] for line in cell]
-                heights = [statistics.mean(block) for block in zip(*seeds)]
+                seeds = [tables.by_block(line, *what) for line in cell]
+                heights = [statistics.mean([value for value in block if value is not None] or [math.nan])
+                           for block in zip(*seeds)]
                 ax.plot(range(1, len(heights) + 1), heights, "o-", markersize=width + 1.5, color=shade,
                         linewidth=width)
         left.set_title(panel if "shortcut" in panel else f"shortcuts: {panel}", fontsize=12)
@@ -366,7 +367,8 @@ def draw_ways(path: Path, experiment, lines: list[dict]) -> None:
     grid[-1, 0].set_xlabel(f"{tables.measured(lines)} accuracy (%)", fontsize=12)
     for ax in grid[-1, 1:]:
         ax.set_xlabel("residual block, from the first up", fontsize=12)
-    figure.supxlabel("Where a line is grey, the block changes the shape of the activations.", fontsize=12)
+    figure.supxlabel("A curve has the colour of its bar. A thin vertical line marks a block that changes the "
+                     "shape of the activations.", fontsize=12)
     save(figure, path)
 
 
