@@ -343,8 +343,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Within this context the model that was attached to is plain backprop, whichever handle its layers
-        belong to; what lies outside of it keeps its rule. For measurements."""
+        """Within this context all of the model, and nothing outside it, is plain backprop. For measurements."""
         modes = [module.crossing.mode for module in self._model.modules() if hasattr(module, "crossing")]
         for mode in modes:
             mode.exact += 1                             # contexts that are open, times layers
