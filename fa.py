@@ -343,7 +343,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Within this context all of the model, and nothing outside it, is plain backprop. For measurements."""
+        """Within this context all of this model is plain backprop, and nothing else. For measurements."""
         modes = [module.crossing.mode for module in self._model.modules() if hasattr(module, "crossing")]
         for mode in modes:
             mode.exact += 1                             # contexts that are open, times layers
