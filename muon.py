@@ -200,7 +200,8 @@ def split(model: nn.Module, stem: Layers | None = None,
 
 
 def _chosen(layers: dict[str, nn.Module], chosen: Layers) -> list[nn.Module]:
-    named = [chosen] if isinstance(chosen, str | nn.Module) else list(chosen)
+    several = isinstance(chosen, Iterable) and not isinstance(chosen, str | nn.Module)
+    named = list(chosen) if several else [chosen]
     found = [layers.get(c) if isinstance(c, str) else c for c in named]
     if any(layer not in list(layers.values()) for layer in found):
         raise ValueError(f"{named} are not all layers of the model, which has {', '.join(layers)}")
