@@ -343,7 +343,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Within this context all of this model is plain backprop, and nothing else. For measurements."""
+        """Within this context the model attached to is plain backprop, other handles' layers in it too."""
         modes = [module.crossing.mode for module in self._model.modules() if hasattr(module, "crossing")]
         for mode in modes:
             mode.exact += 1                             # contexts that are open, times layers
