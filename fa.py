@@ -66,7 +66,7 @@ def project(layer: Layer, weight: Tensor, error: Tensor, input_shape: torch.Size
     """
     weight = weight.to(error.dtype)                     # under autocast δ is bf16 and the weights are float32
     if isinstance(layer, nn.Linear):
-        return error @ weight                           # (..., out) @ (out, in)
+        return (error @ weight).to(error.dtype)         # (..., out) @ (out, in); under autocast bf16
     check(layer)
     if error.dim() == 3:                                # one unbatched image
         return project(layer, weight, error[None], torch.Size((1, *input_shape)))[0]
@@ -417,7 +417,8 @@ class DFA(FA):
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
                             f"{tuple(layer.feedback.shape)}; the output's error {tuple(self._error.shape)}; "
                             "expected the batch on the first axis, and always the same units")
-        return (self._error.to(error.dtype) @ layer.feedback.to(error.dtype)).reshape(input_shape)
+        sent = self._error.to(error.dtype) @ layer.feedback.to(error.dtype)
+        return sent.to(error.dtype).reshape(input_shape)
 
 
 class SignSymmetry(FA):

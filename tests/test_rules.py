@@ -2,6 +2,7 @@
 and torchvision's networks."""
 import copy
 import io
+import itertools
 import math
 import warnings
 
@@ -56,8 +57,10 @@ def test_with_one_hidden_layer_dfa_is_fa(kwargs):
     agree(*got, 1e-6)                                       # the drawing of B, and its use
 
 
-def test_dfas_output_may_be_of_another_precision_than_a_hidden_layer():
-    """As in a network under autocast that leaves its classifier, or another layer, in float32."""
+@pytest.mark.parametrize("rule", [fa.FA, fa.DFA])
+def test_a_layer_may_be_of_another_precision_than_the_others(rule):
+    """As in a network under autocast that leaves its classifier, or another layer, in float32; in some
+    programs loss.backward() is under autocast too."""
     class Mixed(nn.Sequential):
         def forward(self, x):
             for i, layer in enumerate(self):
@@ -66,12 +69,13 @@ def test_dfas_output_may_be_of_another_precision_than_a_hidden_layer():
             return x
 
     model, x = Mixed(*[nn.Linear(6, 6) for _ in range(4)]), torch.randn(5, 6)
-    fa.attach(model, fa.DFA(seed=0))
+    fa.attach(model, rule(seed=0))
     got = []
-    for model.island in 2, 3, None:
-        got.append(gradients(model, x))
-    agree(got[1], got[0], 0.05)
-    agree(got[2], got[0], 0.05)
+    for model.island, backward_too in itertools.product((2, 3, None), (False, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward_too):
+            got.append(gradients(model, x))
+    for other in got[1:]:
+        agree(other, got[0], 0.05)
 
 
 def test_dfa_takes_one_image_without_a_batch_and_begins_anew_in_another_model():
