@@ -260,8 +260,8 @@ class Recording:
         return {"layers": layers, "trajectory": trajectory, "seconds": round(time.perf_counter() - start, 3)}
 
     def state_dict(self) -> dict:
-        return {"taken": self.taken, "recorder": self.recorder.state_dict(), "trajectory":
-        self.trajectory.state_dict()}
+        return {"taken": self.taken, "recorder": self.recorder.state_dict(),
+                "trajectory": self.trajectory.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.taken = state["taken"]
