@@ -417,7 +417,7 @@ class DFA(FA):
             raise RuleError(f"DFA: {layer} has an input of shape {tuple(input_shape)} and feedback of shape "
                             f"{tuple(layer.feedback.shape)}; the output's error {tuple(self._error.shape)}; "
                             "expected the batch on the first axis, and always the same units")
-        sent = self._error.to(error.dtype) @ layer.feedback.to(error.dtype)
+        sent = self._error @ layer.feedback.to(self._error.dtype)
         return sent.to(error.dtype).reshape(input_shape)
 
 
