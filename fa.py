@@ -174,7 +174,7 @@ class _Cut:
     def forward(self: Any, input: Tensor) -> Tensor:
         if self.crossing.mode.exact:
             return super().forward(input)                               # type: ignore[misc]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() and torch.is_grad_enabled():
             _refuse_to_compile()
         self.crossing.used |= torch.is_grad_enabled()
         self.crossing.within = torch._C._current_graph_task_id()        # a backward pass; -1 outside of one
@@ -563,7 +563,7 @@ UNCOMPILED = "compiled code may ignore hooks (silent backprop); attach to an unc
 
 @torch._compile._disable_dynamo     # called, not compiled; torch.compiler.disable would import the compiler
 def _refuse_to_compile() -> None:
-    raise RuntimeError(f"a model with a feedback rule was given to torch.compile: {UNCOMPILED}")
+    raise RuntimeError(f"a model with a feedback rule was given to torch.compile or jit.trace: {UNCOMPILED}")
 
 
 @functools.cache

@@ -256,8 +256,10 @@ def test_a_step_whose_error_the_rule_did_not_carry_is_refused(spoil, said):
         handle.before_step()
 
 
-def test_a_compiled_model_is_refused():
-    """Compiled code may ignore hooks. `exact()` and a removed rule compile as ever."""
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_compiled_or_traced_model_is_refused():
+    """Compiled code may ignore hooks. `exact()` and a removed rule compile as ever; a trace for evaluation is
+    right, one to train would not be."""
     torch._dynamo.reset()
     model, x = mlp(), torch.randn(6, 3)
     compiled = torch.compile(model, backend="eager")
@@ -265,8 +267,13 @@ def test_a_compiled_model_is_refused():
         fa.attach(compiled, fa.FA())
     compiled(x).sum().backward()                                # once without a rule
     handle = fa.attach(model, fa.FA())
-    for call in compiled, torch.compile(lambda x: model(x).square(), backend="eager"):
-        with pytest.raises(RuntimeError, match="given to torch.compile"):
+    def traced(x):
+        return torch.jit.trace(model, x, check_trace=False)(x)
+
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x))
+    for call in compiled, torch.compile(lambda x: model(x).square(), backend="eager"), traced:
+        with pytest.raises(RuntimeError, match="given to torch.compile or jit.trace"):
             call(x).sum().backward()
         with handle.exact():
             call(x).sum().backward()
