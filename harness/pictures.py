@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness import files, recorder, tables
 
@@ -228,31 +229,37 @@ def draw_quick(path: Path, experiment, lines: list[dict]) -> None:
 
 
 def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
-    """Test accuracy by epoch, one colour a cell, a line a seed, each named at its end."""
+    """Test accuracy by epoch, one colour a cell, a line a seed, named at its end; × where it diverged."""
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
     ends, there = [], [label for label in experiment.cells if tables.select(lines, label)]
+    low = min(tables.chance(line) for line in lines)
+    name: dict[str, Any] = dict(textcoords="offset points", va="center", fontsize=11, annotation_clip=False,
+                                path_effects=[withStroke(linewidth=3, foreground="white")])
     for label, width in zip(there, widths(len(there))):
         cell = tables.select(lines, label)
         for line in cell:
             epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
             axes.plot([e["epoch"] for e in epochs], [100 * e["test_accuracy"] for e in epochs], "o-",
                       markersize=width + 0.5, color=colour(label), linewidth=width)
-            last = epochs[-1]["epoch"] if epochs else 0
+            last = line["epochs"][-1]["epoch"]
+            if line["diverged"]:
+                axes.plot(last, low, "x", markersize=9, color=colour(label))
         height = tables.mean_accuracy(cell)
-        ends.append([tables.chance(cell[0]) if height is None else height, last, label])
-    low = min(tables.chance(line) for line in lines)
-    top = max(height for height, *_ in ends)
+        if height is None:
+            axes.annotate(f"{label}: diverged", (last, low), xytext=(8, 0), color=colour(label), **name)
+        else:
+            ends.append([height, last, label])
+    top = max((height for height, *_ in ends), default=low)
     places, placed = [], -1e9
     for height, *_ in sorted(ends):                             # names apart from each other
         placed = max(height, placed + 0.055 * (top - low))
         places.append(placed)
     for (_, last, label), place in zip(sorted(ends), places):
-        axes.annotate(label, (last, place - (places[-1] - top) / 2), xytext=(6, 0),
-                      textcoords="offset points", va="center", color=colour(label), fontsize=11,
-                      annotation_clip=False, path_effects=[withStroke(linewidth=3, foreground="white")])
+        axes.annotate(label, (last, place - (places[-1] - top) / 2), xytext=(6, 0), color=colour(label),
+                      **name)
     axes.axhline(low, color="#999999", linewidth=1, linestyle=":")
-    axes.annotate("chance", (0.7 * max(last for _, last, _ in ends), low), xytext=(0, 7),
+    axes.annotate("chance", (0.7 * max(line["epochs"][-1]["epoch"] for line in lines), low), xytext=(0, 7),
                   textcoords="offset points", color="#666666")
     axes.set(xlabel="epoch", ylabel=f"{tables.measured(lines)} accuracy (%)",
              ylim=(0, None), xlim=(0.7, None))

@@ -4,7 +4,7 @@ import json
 import pytest
 
 import reproduce
-from harness import experiment, flags, tables
+from harness import experiment, flags, pictures, tables
 
 TINY = "--dataset gratings --subset 64 --width 2 --epochs 1"
 
@@ -139,6 +139,22 @@ def test_the_table_has_means_and_deviations_beside_the_papers_numbers(tiny, monk
             for lost in (True, False)]
     table = tables.table(reproduce.EXPERIMENTS["tiny"], some)
     assert "| FA | 25.0 (1 of 2 diverged) | 2 | 1.5 | +23.5 |" in table and "not measured | 0 |" in table
+
+
+def test_a_picture_marks_the_runs_that_diverged(monkeypatch):
+    def line(label, *accuracies):
+        return {"label": label, "diverged": None in accuracies, "final_test_accuracy": accuracies[-1],
+                "args": {"dataset": "gratings", "validate": None},
+                "epochs": [{"epoch": i, "test_accuracy": a} for i, a in enumerate(accuracies, 1)]}
+
+    drawn = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure.axes[0]))
+    pictures.draw_epochs(None, reproduce.Experiment("", "", {"backprop": "", "FA": "", "FA + norm": ""}), [
+        line("backprop", 0.5, 0.6, 0.7), line("FA", None), line("FA + norm", 0.3, None),
+        line("FA + norm", 0.3, 0.3, 0.4)])
+    assert {text.get_text() for text in drawn[0].texts} == {"backprop", "FA: diverged", "FA + norm", "chance"}
+    marks = [curve.get_xydata().tolist() for curve in drawn[0].lines if curve.get_marker() == "x"]
+    assert marks == [[[1, 10]], [[2, 10]]]                      # the epoch in which, at chance
 
 
 def test_a_table_names_the_rows_that_are_not_measured_under_it():
