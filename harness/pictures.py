@@ -242,10 +242,9 @@ def accuracy_by_epoch(axes, experiment, lines: list[dict]) -> None:
             epochs = [e for e in line["epochs"] if e["test_accuracy"] is not None]
             axes.plot([e["epoch"] for e in epochs], [100 * e["test_accuracy"] for e in epochs], "o-",
                       markersize=width + 0.5, color=colour(label), linewidth=width)
-            last = line["epochs"][-1]["epoch"]
             if line["diverged"]:
-                axes.plot(last, low, "x", markersize=9, color=colour(label))
-        height = tables.mean_accuracy(cell)
+                axes.plot(line["epochs"][-1]["epoch"], low, "x", markersize=9, color=colour(label))
+        last, height = max(line["epochs"][-1]["epoch"] for line in cell), tables.mean_accuracy(cell)
         if height is None:
             axes.annotate(f"{label}: diverged", (last, low), xytext=(8, 0), color=colour(label), **name)
         else:
